@@ -1,0 +1,242 @@
+"""Saving, resuming, importing.
+
+A run's directory is a Hugging Face model directory that transformers reads as it lies, with our own files beside it:
+
+    config.json  model.safetensors                 the best weights so far, in Hugging Face's names and orientation
+    tokenizer.json  tokenizer_config.json          the tokenizer
+    state.pt                                       the newest state to resume from: weights, optimizer, random numbers
+    metrics.jsonl  loss.png                        what train.py measured
+
+No pickle is ever executed: weights are safetensors, and everything else is read with torch.load(weights_only=True).
+Every file is written beside its place, synced, and renamed over it, so that a crash leaves the old one or the new one.
+"""
+
+import json
+import os
+import pickle
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from data import load_tokenizer, save_tokenizer
+from model import GPT, GPTConfig
+from utils import UserError, missing_extra, write_atomically, write_json
+
+HUB_NAMES = {name: f"openai-community/{name}" for name in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")}
+
+# GPT-2's published weights hold these matrices as (in, out); a PyTorch Linear holds (out, in).
+TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files
+
+
+def _read_json(path):
+    try:
+        with open(path, encoding="utf-8") as f:
+            return json.load(f)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read as JSON ({error})") from None
+
+
+def _load_torch(path):
+    """torch.load without ever running a pickle's code."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:
+        raise UserError(f"{path}: is damaged, or a pickle that could run code; it was not loaded") from None
+    except (OSError, RuntimeError, EOFError, ValueError, KeyError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"{path}: cannot be read, it may be truncated ({reason})") from None
+
+
+def _load_safetensors(path):
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path}: cannot be read, it may be truncated ({error})") from None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Models
+
+
+def save_model(directory, model, tokenizer):
+    """Write model and tokenizer as a Hugging Face GPT-2 directory."""
+    c = model.config
+    config = {
+        "architectures": ["GPT2LMHeadModel"],
+        "model_type": "gpt2",
+        "activation_function": "gelu_new",
+        "vocab_size": c.vocab_size,
+        "n_positions": c.block_size,
+        "n_embd": c.n_embd,
+        "n_layer": c.n_layer,
+        "n_head": c.n_head,
+        "n_inner": None,
+        "attn_pdrop": c.dropout,
+        "embd_pdrop": c.dropout,
+        "resid_pdrop": c.dropout,
+        "layer_norm_epsilon": 1e-5,
+        "tie_word_embeddings": True,
+        "bos_token_id": None,
+        "eos_token_id": None,
+        "bias": c.bias,  # ours; Hugging Face's GPT-2 always has biases, and gets zeros for the ones we leave out
+    }
+    tensors = {}
+    for name, p in model.state_dict().items():
+        if name != "lm_head.weight":  # tied to transformer.wte.weight
+            tensors[name] = (p.t() if name.endswith(TRANSPOSED) else p).float().cpu().contiguous()
+            if not c.bias and not name.endswith(("wte.weight", "wpe.weight")):
+                tensors[name[: -len("weight")] + "bias"] = torch.zeros(tensors[name].size(-1))
+    metadata = {"format": "pt"}
+    write_atomically(os.path.join(directory, "model.safetensors"), lambda path: save_file(tensors, path, metadata))
+    write_json(os.path.join(directory, "config.json"), config)
+    save_tokenizer(directory, tokenizer, c.block_size)
+
+
+def load_model(path_or_name, block_size=None, dropout=None):
+    """Load a model. Returns (model, tokenizer); the tokenizer is None where the source has none.
+
+    path_or_name: a directory in Hugging Face's GPT-2 format (a run of ours is one), a nanoGPT ckpt.pt, or the name of
+    a published GPT-2, which is taken from the local cache or downloaded. block_size crops the positions, dropout
+    replaces the saved rate. Raises UserError.
+    """
+    if os.path.isdir(path_or_name):
+        config, weights, tokenizer = _read_directory(path_or_name)
+    elif os.path.isfile(path_or_name):
+        (config, weights), tokenizer = _read_nanogpt(path_or_name), None
+    elif path_or_name in HUB_NAMES:
+        config, weights, tokenizer = _read_directory(_find_on_hub(path_or_name))
+    else:
+        raise UserError(f"{path_or_name}: no such file or directory, nor one of {', '.join(HUB_NAMES)}")
+    if block_size is not None and block_size != config.block_size:
+        if block_size > config.block_size:
+            raise UserError(f"--block_size {block_size}: {path_or_name} knows only {config.block_size} positions")
+        config.block_size = block_size
+        weights["transformer.wpe.weight"] = weights["transformer.wpe.weight"][:block_size]
+    if dropout is not None:
+        config.dropout = dropout
+    weights["lm_head.weight"] = weights.get("transformer.wte.weight")
+    model = GPT(config)
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        raise UserError(f"{path_or_name}: its weights do not fit its own config ({_first_problem(error)})") from None
+    return model, tokenizer
+
+
+def _first_problem(error):
+    lines = [line.strip() for line in str(error).splitlines()]
+    return lines[1] if len(lines) > 1 else lines[0]
+
+
+def _read_directory(directory):
+    """(GPTConfig, weights under our names, tokenizer) of a Hugging Face GPT-2 directory."""
+    path = os.path.join(directory, "config.json")
+    if not os.path.exists(path):
+        raise UserError(f"{directory}: holds no model yet (no config.json); train one with: python train.py")
+    c = _read_json(path)
+    if c.get("model_type") != "gpt2":
+        raise UserError(f"{path}: is a model of type {c.get('model_type')!r}; only 'gpt2' can be loaded")
+    wanted = dict(
+        activation_function="gelu_new", layer_norm_epsilon=1e-5, tie_word_embeddings=True, scale_attn_weights=True
+    )
+    wanted.update(scale_attn_by_inverse_layer_idx=False, add_cross_attention=False)
+    for key, value in wanted.items():
+        if c.get(key, value) != value:
+            raise UserError(f"{path}: has {key} = {c[key]!r}; this GPT-2 has {value!r} only")
+    if c.get("n_inner") not in (None, 4 * c["n_embd"]):
+        raise UserError(f"{path}: has n_inner = {c['n_inner']}; this GPT-2 has 4 x n_embd only")
+    try:
+        config = GPTConfig(
+            block_size=c["n_positions"],
+            vocab_size=c["vocab_size"],
+            n_layer=c["n_layer"],
+            n_head=c["n_head"],
+            n_embd=c["n_embd"],
+            dropout=c.get("resid_pdrop", 0.0),
+            bias=c.get("bias", True),
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{path}: is no complete GPT-2 config ({error})") from None
+    weights = {}
+    for name, tensor in _read_weights(directory).items():
+        name = name if name.startswith(("transformer.", "lm_head.")) else f"transformer.{name}"
+        if name.endswith((".attn.bias", ".attn.masked_bias")):  # old files keep the causal mask as a weight
+            continue
+        if name.endswith(".bias") and not config.bias:
+            continue
+        weights[name] = tensor.t() if name.endswith(TRANSPOSED) else tensor
+    return config, weights, load_tokenizer(directory)
+
+
+def _read_weights(directory):
+    """All tensors of a directory: model.safetensors or pytorch_model.bin, whole or in parts listed by an index."""
+    for name, read in (("model.safetensors", _load_safetensors), ("pytorch_model.bin", _load_torch)):
+        path = os.path.join(directory, name)
+        if os.path.exists(path):
+            return read(path)
+        if os.path.exists(f"{path}.index.json"):
+            parts = sorted(set(_read_json(f"{path}.index.json")["weight_map"].values()))
+            return {k: v for part in parts for k, v in read(os.path.join(directory, os.path.basename(part))).items()}
+    raise UserError(f"{directory}: has a config.json but neither model.safetensors nor pytorch_model.bin")
+
+
+def _read_nanogpt(path):
+    """(GPTConfig, weights) of a checkpoint that nanoGPT's train.py saved."""
+    saved = _load_torch(path)
+    if not isinstance(saved, dict) or not {"model", "model_args"} <= set(saved):
+        raise UserError(f"{path}: is no nanoGPT checkpoint (it has no 'model' and 'model_args')")
+    try:
+        config = GPTConfig(**saved["model_args"])
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{path}: its model_args do not describe a GPT ({error})") from None
+    prefix = "_orig_mod."  # torch.compile's, where the run was compiled
+    weights = {k[len(prefix) :] if k.startswith(prefix) else k: v for k, v in saved["model"].items()}
+    return config, {k: v for k, v in weights.items() if not k.endswith(".attn.bias")}
+
+
+def gpt2_tokenizer():
+    """GPT-2's byte-pair encoding, for a checkpoint that brings its weights alone."""
+    return load_tokenizer(_find_on_hub("gpt2"))
+
+
+def _find_on_hub(name):
+    """The local directory of a published GPT-2, downloaded by huggingface_hub unless its cache has it."""
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError:
+        raise missing_extra("huggingface_hub", f"loading '{name}' by name") from None
+    files = ["config.json", "model.safetensors", "tokenizer.json"]
+    try:
+        return snapshot_download(HUB_NAMES[name], allow_patterns=files)
+    except Exception as error:  # offline shows as one of a dozen classes, from the hub's, requests' and the system's
+        reason = type(error).__name__
+        raise UserError(
+            f"'{name}' is not in the local cache and cannot be downloaded ({reason}); connect, or give a directory"
+        ) from None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The state of a run
+
+
+def holds_run(directory):
+    """Does the directory hold a run (or anything else that training would overwrite)?"""
+    names = ("state.pt", "metrics.jsonl", "model.safetensors", "config.json")
+    return any(os.path.exists(os.path.join(directory, name)) for name in names)
+
+
+def save_state(directory, state):
+    """Keep all that is needed to go on exactly: a dict of tensors, numbers and strings."""
+    write_atomically(os.path.join(directory, "state.pt"), lambda path: torch.save(state, path))
+
+
+def load_state(directory):
+    """Read what save_state kept. Raises UserError where there is nothing to resume, or it is damaged."""
+    path = os.path.join(directory, "state.pt")
+    if not os.path.exists(path):
+        raise UserError(f"--resume: {directory} holds no state.pt to resume from; start without --resume")
+    return _load_torch(path)

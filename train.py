@@ -1,0 +1,473 @@
+"""Train a GPT on a text file.
+
+    python train.py                                  # the default model on input.txt, into out/
+    python train.py --data mytext.txt --n_layer 4 --n_head 4 --n_embd 128 --max_iters 2000
+    python train.py --resume                         # go on where a run was stopped
+
+It reads in the order in which a run happens: options, model, optimizer, one step, the loop, the report.
+"""
+
+import itertools
+import json
+import math
+import os
+import signal
+import sys
+import time
+from dataclasses import asdict, dataclass
+from typing import Optional
+
+import torch
+from tqdm import tqdm
+
+import plots
+from checkpoint import gpt2_tokenizer, holds_run, load_model, load_state, save_model, save_state
+from data import load_data, load_tokenizer, prompt_tokens, validation_loss
+from generate import generate
+from model import GPT, GPTConfig
+from utils import (
+    UserError,
+    autocast,
+    option,
+    parse_options,
+    pick_device,
+    pick_dtype,
+    run_command,
+    seconds_in_words,
+)
+
+METRICS = "metrics.jsonl"
+
+
+@dataclass
+class TrainOptions:
+    """Every flag of train.py: its type, its default and its line of help."""
+
+    # what it reads and writes
+    data: str = option("input.txt", "text file to train on (UTF-8)")
+    out_dir: str = option("out", "directory for the model, its metrics and its loss curve")
+    resume: bool = option(False, "go on with the run in out_dir, with the settings it began with")
+    fresh: bool = option(
+        False, "where out_dir holds an earlier run, move that aside (out-1, out-2, ...) and start anew"
+    )
+    init_from: Optional[str] = option(None, "start from these weights: a run's directory, a GPT-2 directory or name")
+    # model
+    n_layer: int = option(6, "transformer layers", at_least=1)
+    n_head: int = option(6, "attention heads in each layer", at_least=1)
+    n_embd: int = option(384, "channels (embedding dimension), a multiple of n_head", at_least=1)
+    block_size: int = option(256, "context length in tokens", at_least=1)
+    dropout: float = option(0.2, "share of activations switched off while training", at_least=0, below=1)
+    bias: bool = option(True, "biases in the linear layers and LayerNorms, as in GPT-2")
+    # training
+    batch_size: int = option(64, "windows of block_size tokens in each step", at_least=1)
+    gradient_accumulation_steps: int = option(1, "batches to add up before each update of the weights", at_least=1)
+    max_iters: int = option(10_000, "updates of the weights in the whole run", at_least=1)
+    learning_rate: float = option(3e-4, "highest learning rate", at_least=0)
+    min_lr: Optional[float] = option(None, "learning rate at the end (default: a tenth of learning_rate)", at_least=0)
+    warmup_iters: int = option(100, "steps in which the learning rate climbs to its highest", at_least=0)
+    weight_decay: float = option(0.1, "AdamW's decay of the weight matrices", at_least=0)
+    beta1: float = option(0.9, "AdamW's memory of the gradient", at_least=0, below=1)
+    beta2: float = option(0.99, "AdamW's memory of the squared gradient", at_least=0, below=1)
+    grad_clip: float = option(1.0, "largest norm of the gradient; 0 switches clipping off", at_least=0)
+    seed: int = option(1337, "for initial weights, batches and dropout", at_least=0)
+    # reports
+    eval_interval: int = option(500, "steps between evaluations, each of which saves the run", at_least=1)
+    eval_iters: int = option(200, "most batches in an evaluation; a val split of fewer is read whole", at_least=1)
+    log_interval: int = option(10, "steps between lines in metrics.jsonl", at_least=1)
+    sample_interval: int = option(0, "steps between short samples printed while training; 0 for none", at_least=0)
+    # system
+    device: Optional[str] = option(None, "cpu, cuda, cuda:1 or mps (default: cuda if available)")
+    dtype: Optional[str] = option(
+        None,
+        "float32, bfloat16 or float16 (default: bfloat16 if the hardware has it, else float16 on CUDA)",
+        choices=("float32", "bfloat16", "float16"),
+    )
+    compile: bool = option(True, "compile the model; left to the default, only where it earns back its time")
+    gradient_checkpointing: bool = option(False, "compute activations again in the backward pass, to save memory")
+
+
+# Of a resumed run these may change; everything else would make it another run.
+MAY_CHANGE = {"resume", "data", "out_dir", "max_iters", "eval_interval", "eval_iters", "log_interval"}
+MAY_CHANGE |= {"sample_interval", "device", "compile", "gradient_checkpointing", "fresh"}
+
+
+def main(argv):
+    options, given = parse_options(TrainOptions, argv, "Train a GPT on a text file.")
+    return train(options, given)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Before the first step
+
+
+def check_directory(options):
+    """Raises UserError where out_dir holds a run that this one would overwrite."""
+    if holds_run(options.out_dir) and not (options.resume or options.fresh):
+        raise UserError(
+            f"--out_dir {options.out_dir}: already holds a run; add --resume to go on with it, --fresh to move it "
+            f"aside, or name another directory"
+        )
+
+
+def make_directory(options):
+    """Make out_dir, moving an earlier run aside if --fresh asks for it. Raises UserError where it cannot be written."""
+    out = os.path.normpath(options.out_dir)
+    try:
+        if holds_run(out) and not options.resume:
+            aside = next(f"{out}-{n}" for n in itertools.count(1) if not os.path.exists(f"{out}-{n}"))
+            os.rename(out, aside)
+            print(f"moved the earlier run to {aside}")
+        os.makedirs(out, exist_ok=True)
+        with open(os.path.join(out, METRICS), "a"):
+            pass
+    except OSError as error:
+        raise UserError(f"--out_dir {out}: cannot be written ({error.strerror}); name another directory") from None
+
+
+def resumed_options(options, given):
+    """The settings a run began with, but for those that may change. Returns (options, state)."""
+    state = load_state(options.out_dir)
+    for name in sorted(given - MAY_CHANGE):
+        old, new = state["options"][name], getattr(options, name)
+        if new != old:
+            raise UserError(
+                f"--{name} {new}: this run began with {old}, and changing it would make it another run; "
+                f"leave the flag out, or start anew in another --out_dir"
+            )
+    changed = {name: getattr(options, name) for name in given & MAY_CHANGE}
+    return TrainOptions(**{**state["options"], **changed}), state
+
+
+def build_model(options, given):
+    """A new model for the text, or one that starts from other weights. Returns (model, data)."""
+    shape = ("block_size", "n_layer", "n_head", "n_embd", "bias")
+    if options.init_from is None:
+        data = load_data(options.data)
+        sizes = {name: getattr(options, name) for name in shape}
+        try:
+            return GPT(GPTConfig(vocab_size=data.tokenizer.vocab_size, dropout=options.dropout, **sizes)), data
+        except ValueError as error:
+            raise UserError(f"--{error}") from None
+    block_size = options.block_size if "block_size" in given else None
+    model, tokenizer = load_model(options.init_from, block_size, options.dropout)
+    for name in shape:
+        wanted, found = getattr(options, name), getattr(model.config, name)
+        if name in given and wanted != found:
+            raise UserError(f"--{name} {wanted}: {options.init_from} has {found}; leave the flag out")
+        setattr(options, name, found)
+    if tokenizer is None and model.config.vocab_size >= 50257:
+        tokenizer = gpt2_tokenizer()
+    data = load_data(options.data, tokenizer)
+    ours, theirs = data.tokenizer.vocab_size, model.config.vocab_size
+    if ours > theirs or (tokenizer is None and ours != theirs):
+        raise UserError(
+            f"--init_from {options.init_from}: knows {theirs} tokens, but {options.data} has {ours}; give the text it "
+            f"was trained on, or start without --init_from"
+        )
+    return model, data
+
+
+def build_optimizer(model, options, device):
+    """AdamW (Loshchilov & Hutter 2019) that decays the matrices but not the biases and LayerNorms."""
+    matrices = [p for p in model.parameters() if p.dim() >= 2]
+    vectors = [p for p in model.parameters() if p.dim() < 2]
+    groups = [dict(params=matrices, weight_decay=options.weight_decay), dict(params=vectors, weight_decay=0.0)]
+    settings = dict(lr=options.learning_rate, betas=(options.beta1, options.beta2))
+    try:
+        return torch.optim.AdamW(groups, fused=device.type in ("cuda", "cpu"), **settings)
+    except RuntimeError:  # fused on the CPU came with PyTorch 2.4
+        return torch.optim.AdamW(groups, **settings)
+
+
+def learning_rate(step, options):
+    """Climb for warmup_iters steps, then fall along half a cosine to min_lr at max_iters."""
+    low = options.learning_rate / 10 if options.min_lr is None else options.min_lr
+    if step < options.warmup_iters:
+        return options.learning_rate * (step + 1) / options.warmup_iters
+    progress = (step - options.warmup_iters) / max(1, options.max_iters - options.warmup_iters)
+    return low + 0.5 * (options.learning_rate - low) * (1 + math.cos(math.pi * min(1.0, progress)))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# How long it will take, and whether compiling pays
+
+
+def seconds_per_step(model, batches, options, device, dtype):
+    """Time a small forward and backward pass and scale it to one step. Leaves no trace: no gradients, same dice."""
+    rows = max(1, min(options.batch_size, 1024 // options.block_size))
+    x, y = (t[:rows].to(device) for t in batches.batch(0))
+    with torch.random.fork_rng():
+        for _ in range(3):  # the first runs warm up
+            start = time.perf_counter()
+            with autocast(device, dtype):
+                _, loss = model(x, y)
+            loss.backward()
+            loss.item()  # waits for the device
+            seconds = time.perf_counter() - start
+    model.zero_grad(set_to_none=True)
+    return seconds * batches.batch_size / rows
+
+
+def smaller_setting(options):
+    """The setting to try where the chosen one takes too long: flags, and its work as a share of the chosen one's."""
+    small = dict(n_layer=4, n_head=4, n_embd=128, block_size=128, batch_size=16, max_iters=2000)
+
+    def work(o):
+        updates = o["max_iters"] * o["batch_size"] * o.get("gradient_accumulation_steps", 1) * o["block_size"]
+        return updates * o["n_layer"] * o["n_embd"] ** 2
+
+    flags = " ".join(f"--{name} {value}" for name, value in small.items())
+    return flags, work(small) / work(asdict(options))
+
+
+def maybe_compile(model, batches, options, given, device, dtype, seconds):
+    """torch.compile the model if that was asked for or will earn back its time. Says what it decided.
+
+    Falls back to the model as it is, in one line, where there is no working compiler.
+    """
+    if not options.compile:
+        return model
+    cost = 60 if device.type == "cuda" else 40  # seconds, as measured
+    if "compile" not in given and 0.1 * seconds < cost:
+        print(f"compile: no, a run this short would not earn back the {cost} s it takes (--compile forces it)")
+        return model
+    print(f"compile: yes, about {cost} s before the first step ...")
+    try:
+        compiled = torch.compile(model)
+        x, y = (t[: options.batch_size].to(device) for t in batches.batch(0))
+        with torch.random.fork_rng(), autocast(device, dtype):
+            compiled(x, y)[1].backward()
+        model.zero_grad(set_to_none=True)
+        return compiled
+    except Exception as error:  # a missing compiler shows as many kinds of error, depending on the platform
+        reason = (str(error).strip().splitlines() or [""])[0][:100]
+        print(f"compile: there is no working compiler here, running uncompiled ({type(error).__name__}: {reason})")
+        torch._dynamo.reset()
+        model.zero_grad(set_to_none=True)
+        return model
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# One step
+
+
+def training_step(model, optimizer, scaler, x, y, options, device, dtype):
+    """Update the weights once from x, y (batch_size * gradient_accumulation_steps, T).
+
+    Returns the loss in nats per token and the norm of the gradient before clipping, as tensors: reading their value
+    would make the CPU wait for the GPU.
+    """
+    total = 0.0
+    for x_part, y_part in zip(x.split(options.batch_size), y.split(options.batch_size)):
+        with autocast(device, dtype):
+            _, loss = model(x_part, y_part)
+        loss = loss / options.gradient_accumulation_steps
+        scaler.scale(loss).backward()
+        total = total + loss.detach()
+    scaler.unscale_(optimizer)
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), options.grad_clip or float("inf"))
+    scaler.step(optimizer)
+    scaler.update()
+    optimizer.zero_grad(set_to_none=True)
+    return total, norm
+
+
+def sample_text(model, tokenizer, length, device):
+    """A short text by the model, from an empty prompt."""
+    model.eval()
+    idx = prompt_tokens(tokenizer, "").to(device)
+    ids = [int(token) for token in generate(model, idx, length, temperature=0.8, top_k=40)]
+    model.train()
+    return tokenizer.decode(ids)
+
+
+# The run
+
+
+class StopSignal:
+    """Turns Ctrl-C and SIGTERM into a request to stop after this step; a second one stops at once."""
+
+    def __init__(self):
+        self.number = None
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._handle)
+
+    def _handle(self, number, frame):
+        if self.number is not None:
+            os._exit(128 + number)
+        self.number = number
+
+
+class Run:
+    """What changes while a model is trained, how it is measured, and how it is kept."""
+
+    def __init__(self, options, model, data, device, dtype):
+        self.options, self.model, self.data, self.device, self.dtype = options, model, data, device, dtype
+        self.optimizer = build_optimizer(model, options, device)
+        Scaler = getattr(torch.amp, "GradScaler", None) or torch.cuda.amp.GradScaler  # torch.amp's: PyTorch 2.3
+        self.scaler = Scaler(enabled=dtype == torch.float16)
+        self.step, self.tokens, self.seconds = 0, 0, 0.0
+        self.best = float("inf")  # lowest val loss so far
+        self.path = os.path.join(options.out_dir, METRICS)
+
+    def save(self):
+        """Keep the newest state, from which --resume goes on."""
+        cuda = torch.cuda.get_rng_state_all() if self.device.type == "cuda" else []
+        state = dict(
+            options=asdict(self.options),
+            config=asdict(self.model.config),
+            fingerprint=self.data.fingerprint,
+            model=self.model.state_dict(),
+            optimizer=self.optimizer.state_dict(),
+            scaler=self.scaler.state_dict(),
+            counters=dict(step=self.step, tokens=self.tokens, seconds=self.seconds, best=self.best),
+            random=dict(cpu=torch.get_rng_state(), cuda=cuda),
+        )
+        save_state(self.options.out_dir, state)
+        if not os.path.exists(os.path.join(self.options.out_dir, "model.safetensors")):
+            save_model(self.options.out_dir, self.model, self.data.tokenizer)
+
+    def restore(self, state):
+        """Go back to exactly where `save` was called; metrics logged after that are dropped."""
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+        vars(self).update(state["counters"])
+        torch.set_rng_state(state["random"]["cpu"])
+        if self.device.type == "cuda" and state["random"]["cuda"]:
+            torch.cuda.set_rng_state_all(state["random"]["cuda"])
+        lines = [json.dumps(m) + "\n" for m in read_metrics(self.path) if m["step"] <= self.step]
+        with open(self.path, "w") as f:
+            f.writelines(lines)
+
+    def log(self, **figures):
+        """Add a line to metrics.jsonl."""
+        line = dict(step=self.step, seconds=round(self.seconds, 3), tokens=self.tokens, **figures)
+        with open(self.path, "a") as f:
+            f.write(json.dumps(line) + "\n")
+
+    def evaluate(self):
+        """Measure the val loss, keep the weights if they are the best so far, draw the loss curve, save."""
+        with autocast(self.device, self.dtype):
+            loss = validation_loss(
+                self.model, self.data.val, self.options.batch_size, self.options.eval_iters, self.device
+            )
+        self.log(val_loss=loss, val_bits_per_byte=self.data.bits_per_byte(loss))
+        if loss < self.best:
+            self.best = loss
+            save_model(self.options.out_dir, self.model, self.data.tokenizer)
+        self.save()
+        figure = plots.loss_curve(read_metrics(self.path))
+        figure.savefig(os.path.join(self.options.out_dir, "loss.png"), dpi=120)
+        return loss
+
+
+def read_metrics(path):
+    """The lines of a metrics.jsonl as dicts; a last line that was cut off is left out."""
+    with open(path) as f:
+        return [json.loads(line) for line in f if line.endswith("}\n")]
+
+
+def train(options, given):
+    """Train as the options say. Returns the exit status: 0, or 130 / 143 after Ctrl-C / SIGTERM, with the run saved."""
+    check_directory(options)
+    options, state = resumed_options(options, given) if options.resume else (options, None)
+    device = pick_device(options.device)
+    dtype = pick_dtype(options.dtype, device)
+    torch.manual_seed(options.seed)
+    model, data = build_model(options, given) if state is None else resumed_model(options, state)
+    batches = data.batches(options.batch_size * options.gradient_accumulation_steps, options.block_size, options.seed)
+    model.gradient_checkpointing = options.gradient_checkpointing
+    model.to(device).train()
+    make_directory(options)
+    run = Run(options, model, data, device, dtype)
+    if state is not None:
+        run.restore(state)
+
+    print(
+        f"{model.num_params() / 1e6:.2f} M parameters, {data.tokenizer.vocab_size} tokens in the vocabulary, "
+        f"{len(data.train):,} to train on, {len(data.val):,} to validate; {device.type}, {str(dtype)[6:]}"
+    )
+    seconds = seconds_per_step(model, batches, options, device, dtype) * (options.max_iters - run.step)
+    if seconds > 3600:
+        flags, share = smaller_setting(options)
+        print(f"This run will take about {seconds_in_words(seconds)} on this machine.")
+        print(f"A smaller one, about {seconds_in_words(seconds * share)}: python train.py {flags}")
+    fast_model = maybe_compile(model, batches, options, given, device, dtype, seconds)  # the same weights
+
+    stop = StopSignal()
+    bar = tqdm(total=options.max_iters, initial=run.step, unit="step", dynamic_ncols=True, mininterval=bar_interval())
+    last_time, last_tokens = time.perf_counter(), run.tokens
+    while run.step < options.max_iters and stop.number is None:
+        lr = learning_rate(run.step, options)
+        for group in run.optimizer.param_groups:
+            group["lr"] = lr
+        x, y = to_device(batches.batch(run.step), device)
+        loss, norm = training_step(fast_model, run.optimizer, run.scaler, x, y, options, device, dtype)
+        run.step, run.tokens = run.step + 1, run.tokens + x.numel()
+        bar.update(1)
+
+        finished = run.step == options.max_iters or stop.number is not None
+        evaluate = run.step % options.eval_interval == 0 or run.step == options.max_iters
+        if run.step % options.log_interval == 0 or run.step == 1 or evaluate or finished:
+            train_loss = loss.item()
+            now = time.perf_counter()
+            tokens_per_s = (run.tokens - last_tokens) / (now - last_time)
+            run.seconds += now - last_time
+            if not math.isfinite(train_loss):
+                raise UserError(
+                    f"the loss is {train_loss} at step {run.step}: the run has diverged; lower --learning_rate. "
+                    f"The last evaluation's weights are kept in {options.out_dir}"
+                )
+            run.log(train_loss=train_loss, lr=lr, grad_norm=norm.item(), tokens_per_s=round(tokens_per_s))
+            bar.set_postfix_str(f"loss {train_loss:.3f}, {tokens_per_s:,.0f} tokens/s")
+            if evaluate:
+                bar.set_postfix_str("evaluating")
+                val = run.evaluate()
+                bar.write(f"step {run.step}: val loss {val:.4f}, {data.bits_per_byte(val):.3f} bits per byte")
+            if options.sample_interval and run.step % options.sample_interval == 0:
+                bar.write(sample_text(model, data.tokenizer, 200, device) + "\n")
+            run.seconds += time.perf_counter() - now
+            last_time, last_tokens = time.perf_counter(), run.tokens
+    bar.close()
+    return report(run, stop)
+
+
+def report(run, stop):
+    """The last words of a run: what was reached, a sample, and what to type next. Returns the exit status."""
+    out = run.options.out_dir
+    if stop.number is not None:
+        run.save()
+        print(f"stopped after step {run.step} and saved; go on with: python train.py --out_dir {out} --resume")
+        return 128 + stop.number
+    print(f"best val loss {run.best:.4f} nats per token ({run.data.bits_per_byte(run.best):.3f} bits per byte)")
+    print(f"a sample:\n{sample_text(run.model, run.data.tokenizer, 400, run.device)}\n")
+    print(f"model: {out}/  loss curve: {out}/loss.png  write more: python sample.py --out_dir {out}")
+    return 0
+
+
+def resumed_model(options, state):
+    """The model and data of the run that `state` comes from; its weights follow in Run.restore."""
+    step = state["counters"]["step"]
+    if step >= options.max_iters:
+        raise UserError(f"--resume: the run in {options.out_dir} has done its {step} steps; give a larger --max_iters")
+    data = load_data(options.data, load_tokenizer(options.out_dir))
+    if data.fingerprint != state["fingerprint"]:
+        raise UserError(f"--data {options.data}: is not the text this run began with; put that back to go on")
+    return GPT(GPTConfig(**state["config"])), data
+
+
+def to_device(tensors, device):
+    """Move a batch; on a GPU without waiting for it."""
+    if device.type != "cuda":
+        return tuple(t.to(device) for t in tensors)
+    return tuple(t.pin_memory().to(device, non_blocking=True) for t in tensors)
+
+
+def bar_interval():
+    """Seconds between two drawings of the progress bar: rarely where the output goes to a file."""
+    return 0.2 if sys.stderr.isatty() else 10.0
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,221 @@
+"""What every command needs: its command line, a device and a number format, and errors that fit on one line."""
+
+import argparse
+import contextlib
+import difflib
+import json
+import os
+import re
+import sys
+import typing
+from dataclasses import field, fields
+
+import torch
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Errors
+
+
+class UserError(Exception):
+    """Something the person at the keyboard can put right. The message names what is wrong, its value and the remedy."""
+
+
+def run_command(main):
+    """Run `main(argv)` as a program: a UserError becomes one line on stderr and exit status 2, Ctrl-C status 130."""
+    program = os.path.basename(sys.argv[0])
+    try:
+        status = main(sys.argv[1:])
+    except UserError as error:
+        print(f"{program}: error: {error}", file=sys.stderr)
+        status = 2
+    except KeyboardInterrupt:
+        status = 130
+    except BrokenPipeError:  # the reader of our output left early, as in `python sample.py | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        status = 0
+    sys.exit(status)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The command line: one dataclass per command says it all
+
+
+def option(default, help, at_least=None, below=None, choices=None):
+    """A dataclass field that is also a flag: its default, its one line of help and the values it takes."""
+    return field(default=default, metadata=dict(help=help, at_least=at_least, below=below, choices=choices))
+
+
+def parse_options(cls, argv, description):
+    """Read the flags in `argv` into an instance of the dataclass `cls`.
+
+    Returns (options, given): the instance, and the set of names that were on the command line (the others hold their
+    default). Raises UserError for an unknown flag or a value that does not fit.
+    """
+    parser = _Parser(description=description, allow_abbrev=False)
+    types = typing.get_type_hints(cls)
+    for f in fields(cls):
+        kind = _plain_type(types[f.name])
+        help = f.metadata["help"]
+        if f.default is not None:
+            help += f" (default: {f.default})"
+        help = help.replace("%", "%%")
+        flag = dict(dest=f.name, default=argparse.SUPPRESS)
+        if kind is bool:  # --compile, --compile False, --no-compile
+            parser.add_argument(f"--{f.name}", nargs="?", const=True, type=_boolean, metavar="BOOL", help=help, **flag)
+            off = (f"--no-{f.name}", f"--no_{f.name}")
+            parser.add_argument(*off, action="store_const", const=False, help=argparse.SUPPRESS, **flag)
+        else:
+            metavar = {int: "N", float: "X", str: "TEXT"}[kind]
+            parser.add_argument(f"--{f.name}", type=_converter(kind, f.metadata), metavar=metavar, help=help, **flag)
+    given = vars(parser.parse_args(argv))
+    return cls(**given), set(given)
+
+
+class _Parser(argparse.ArgumentParser):
+    def parse_args(self, argv):
+        known, unknown = self.parse_known_args(argv)
+        if unknown:
+            name = unknown[0].split("=")[0]
+            near = difflib.get_close_matches(name, self._option_string_actions, n=1)
+            self.error(f"unknown flag {name}" + (f"; did you mean {near[0]}?" if near else "; --help lists them all"))
+        return known
+
+    def error(self, message):
+        raise UserError(message.replace("argument ", "", 1))
+
+
+def _plain_type(annotation):
+    """Optional[int] -> int; int -> int."""
+    inner = [a for a in typing.get_args(annotation) if a is not type(None)]
+    return inner[0] if inner else annotation
+
+
+def _boolean(text):
+    if text.lower() in ("true", "yes", "on", "1"):
+        return True
+    if text.lower() in ("false", "no", "off", "0"):
+        return False
+    raise argparse.ArgumentTypeError(f"wants True or False, not '{text}'")
+
+
+def _converter(kind, rules):
+    low, high, choices = rules["at_least"], rules["below"], rules["choices"]
+    wants = {int: "a whole number", float: "a number", str: "text"}[kind]
+    if low is not None:
+        wants += f" of at least {low}"
+    if high is not None:
+        wants += f"{' and' if low is not None else ''} below {high}"
+    if choices is not None:
+        wants = "one of " + ", ".join(choices)
+
+    def convert(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = None
+        fits = value is not None and value == value and value not in (float("inf"), float("-inf"))
+        fits = fits and (low is None or value >= low) and (high is None or value < high)
+        fits = fits and (choices is None or value in choices)
+        if not fits:
+            raise argparse.ArgumentTypeError(f"wants {wants}, not '{text}'")
+        return value
+
+    return convert
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Device and number format
+
+
+def pick_device(name=None):
+    """The torch.device called `name`; for None the best there is: a CUDA GPU, an Apple GPU, else the CPU."""
+    mps = torch.backends.mps.is_available()
+    if name is None:
+        name = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda", "mps"):
+        raise UserError(f"--device {name}: no such device; use cpu, cuda, cuda:1 or mps")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UserError(f"--device {name}: PyTorch finds no CUDA GPU on this machine; use --device cpu")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UserError(f"--device {name}: this machine has {torch.cuda.device_count()} GPU(s), counted from cuda:0")
+    if device.type == "mps" and not mps:
+        raise UserError(f"--device {name}: PyTorch finds no Apple GPU on this machine; use --device cpu")
+    return device
+
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def has_bfloat16(device):
+    """Does the device multiply bfloat16 matrices in hardware? (Elsewhere they work too, but slower than float32.)"""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    if device.type == "cpu":
+        with contextlib.suppress(OSError), open("/proc/cpuinfo") as f:
+            return re.search(r"\b(avx512_bf16|amx_bf16|bf16)\b", f.read()) is not None
+    return False
+
+
+def pick_dtype(name, device):
+    """The torch.dtype called `name`; for None bfloat16 if the hardware has it, else float16 on CUDA, else float32."""
+    if name is None:
+        name = "bfloat16" if has_bfloat16(device) else "float16" if device.type == "cuda" else "float32"
+    if name == "float16" and device.type != "cuda":
+        raise UserError(f"--dtype float16 needs a CUDA GPU, not {device.type}; use bfloat16 or float32")
+    return DTYPES[name]
+
+
+def autocast(device, dtype):
+    """The context in which matrix products run in `dtype` while the weights stay float32 (mixed precision)."""
+    if dtype == torch.float32:
+        return contextlib.nullcontext()
+    return torch.autocast(device_type=device.type, dtype=dtype)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files
+
+
+def write_atomically(path, write):
+    """Call write(temporary_path), sync what it wrote and rename it to path. On failure the old file stays."""
+    temporary = f"{path}.tmp"
+    try:
+        write(temporary)
+        with open(temporary, "rb+") as f:
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.remove(temporary)
+        raise
+
+
+def write_json(path, content):
+    """Write content to path as JSON, whole or not at all."""
+
+    def write(temporary):
+        with open(temporary, "w", encoding="utf-8") as f:
+            json.dump(content, f, ensure_ascii=False, indent=1)
+
+    write_atomically(path, write)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Words
+
+
+def seconds_in_words(seconds):
+    """95 -> '1.6 minutes'."""
+    for size, unit in ((86400, "days"), (3600, "hours"), (60, "minutes")):
+        if seconds >= 1.5 * size:
+            return f"{seconds / size:.1f} {unit}"
+    return f"{seconds:.0f} seconds"
+
+
+def missing_extra(package, purpose):
+    """The error for an optional package that is not installed."""
+    return UserError(f"{purpose} needs the package '{package}'; install it with: pip install {package}")
