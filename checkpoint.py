@@ -226,7 +226,8 @@ def _find_on_hub(name):
 def holds_run(directory):
     """Does the directory hold a run (or anything else that training would overwrite)?"""
     names = ("state.pt", "metrics.jsonl", "model.safetensors", "config.json")
-    return any(os.path.exists(os.path.join(directory, name)) for name in names)
+    paths = [os.path.join(directory, name) for name in names]
+    return any(os.path.exists(path) and os.path.getsize(path) > 0 for path in paths)
 
 
 def save_state(directory, state):
@@ -238,5 +239,9 @@ def load_state(directory):
     """Read what save_state kept. Raises UserError where there is nothing to resume, or it is damaged."""
     path = os.path.join(directory, "state.pt")
     if not os.path.exists(path):
-        raise UserError(f"--resume: {directory} holds no state.pt to resume from; start without --resume")
-    return _load_torch(path)
+        remedy = "start anew with --fresh" if holds_run(directory) else "start without --resume"
+        raise UserError(f"--resume: {directory} holds no state.pt to resume from; {remedy}")
+    state = _load_torch(path)
+    if not isinstance(state, dict) or not {"options", "counters", "model", "optimizer"} <= set(state):
+        raise UserError(f"{path}: is not the state of a run; start anew with --fresh")
+    return state

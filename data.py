@@ -181,7 +181,16 @@ class TextData:
     val_bytes: int  # length of the val text in UTF-8
     fingerprint: str  # of the text: a run is only ever resumed on the text it began with
 
+    def check_length(self, block_size):
+        """Raises UserError where the training text is too short for windows of block_size."""
+        if len(self.train) <= block_size:
+            raise UserError(
+                f"--block_size {block_size}: the training text has only {len(self.train)} tokens; "
+                f"give a smaller block_size or a longer text"
+            )
+
     def batches(self, batch_size, block_size, seed):
+        self.check_length(block_size)
         return Batches(self.train, batch_size, block_size, seed)
 
     def bits_per_byte(self, loss):
@@ -218,11 +227,6 @@ class Batches:
     """
 
     def __init__(self, tokens, batch_size, block_size, seed):
-        if len(tokens) <= block_size:
-            raise UserError(
-                f"--block_size {block_size}: the training text has only {len(tokens)} tokens; "
-                f"give a smaller block_size or a longer text"
-            )
         self.tokens, self.batch_size, self.block_size, self.seed = tokens, batch_size, block_size, seed
         self.windows_per_epoch = max(1, (len(tokens) - 1) // block_size - 1)  # one fewer leaves room for the offset
         self._epoch, self._starts = None, None
@@ -237,8 +241,8 @@ class Batches:
             self._epoch, self._starts = epoch, offset + order * self.block_size
         return self._starts
 
-    def batch(self, step):
-        """The inputs and targets of training step `step`: two (batch_size, block_size) int64 tensors on the CPU."""
+    def batch(self, step, device="cpu"):
+        """The inputs and targets of training step `step`: two (batch_size, block_size) int64 tensors on the device."""
         starts, first = [], step * self.batch_size
         while sum(map(len, starts)) < self.batch_size:  # a batch may span the end of an epoch
             epoch, k = divmod(first + sum(map(len, starts)), self.windows_per_epoch)
@@ -246,6 +250,9 @@ class Batches:
             starts.append(self._epoch_starts(epoch)[k : k + missing])
         windows = torch.cat(starts)[:, None] + torch.arange(self.block_size + 1)  # (batch_size, block_size + 1)
         tokens = self.tokens[windows].long()
+        if torch.device(device).type == "cuda":  # pinned memory is copied while both sides go on with their work
+            tokens = tokens.pin_memory().to(device, non_blocking=True)
+        tokens = tokens.to(device)
         return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
 
 

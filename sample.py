@@ -37,7 +37,9 @@ class SampleOptions:
         None, "draw from the likeliest tokens that together have probability p; 0: the likeliest only", at_least=0
     )
     num_beams: int = option(1, "above 1: beam search with that many beams in place of sampling", at_least=1)
-    length_penalty: float = option(1.0, "for beams that --stop ends: above 0 favours longer texts, below 0 shorter")
+    length_penalty: float = option(
+        1.0, "for beams that --stop ends: above 0 favours longer texts, below 0 shorter", at_least=-10, below=10
+    )
     stop: Optional[str] = option(None, "end a text where this appears (kept out of it)")
     seed: Optional[int] = option(None, "the same seed writes the same text (default: a new one each time)", at_least=0)
     device: Optional[str] = option(None, "cpu, cuda, cuda:1 or mps (default: cuda if available)")

@@ -25,6 +25,7 @@ from checkpoint import gpt2_tokenizer, holds_run, load_model, load_state, save_m
 from data import load_data, load_tokenizer, prompt_tokens, validation_loss
 from generate import generate
 from model import GPT, GPTConfig
+from plan import check_memory, maybe_compile, seconds_per_step, smaller_setting
 from utils import (
     UserError,
     autocast,
@@ -93,7 +94,13 @@ MAY_CHANGE |= {"sample_interval", "device", "compile", "gradient_checkpointing",
 
 def main(argv):
     options, given = parse_options(TrainOptions, argv, "Train a GPT on a text file.")
-    return train(options, given)
+    try:
+        return train(options, given)
+    except RuntimeError as error:
+        if not isinstance(error, torch.cuda.OutOfMemoryError) and "can't allocate memory" not in str(error):
+            raise
+        remedy = "lower --batch_size (--gradient_accumulation_steps makes up for it) or add --gradient_checkpointing"
+        raise UserError(f"out of memory; {remedy}") from None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -102,6 +109,10 @@ def main(argv):
 
 def check_directory(options):
     """Raises UserError where out_dir holds a run that this one would overwrite."""
+    if not options.out_dir:
+        raise UserError("--out_dir: is empty; name a directory")
+    if options.resume and options.fresh:
+        raise UserError("--resume and --fresh: give one of the two")
     if holds_run(options.out_dir) and not (options.resume or options.fresh):
         raise UserError(
             f"--out_dir {options.out_dir}: already holds a run; add --resume to go on with it, --fresh to move it "
@@ -145,7 +156,10 @@ def build_model(options, given):
         data = load_data(options.data)
         sizes = {name: getattr(options, name) for name in shape}
         try:
-            return GPT(GPTConfig(vocab_size=data.tokenizer.vocab_size, dropout=options.dropout, **sizes)), data
+            config = GPTConfig(vocab_size=data.tokenizer.vocab_size, dropout=options.dropout, **sizes)
+            data.check_length(options.block_size)
+            check_memory(options, config.vocab_size)
+            return GPT(config), data
         except ValueError as error:
             raise UserError(f"--{error}") from None
     block_size = options.block_size if "block_size" in given else None
@@ -189,65 +203,6 @@ def learning_rate(step, options):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# How long it will take, and whether compiling pays
-
-
-def seconds_per_step(model, batches, options, device, dtype):
-    """Time a small forward and backward pass and scale it to one step. Leaves no trace: no gradients, same dice."""
-    rows = max(1, min(options.batch_size, 1024 // options.block_size))
-    x, y = (t[:rows].to(device) for t in batches.batch(0))
-    with torch.random.fork_rng():
-        for _ in range(3):  # the first runs warm up
-            start = time.perf_counter()
-            with autocast(device, dtype):
-                _, loss = model(x, y)
-            loss.backward()
-            loss.item()  # waits for the device
-            seconds = time.perf_counter() - start
-    model.zero_grad(set_to_none=True)
-    return seconds * batches.batch_size / rows
-
-
-def smaller_setting(options):
-    """The setting to try where the chosen one takes too long: flags, and its work as a share of the chosen one's."""
-    small = dict(n_layer=4, n_head=4, n_embd=128, block_size=128, batch_size=16, max_iters=2000)
-
-    def work(o):
-        updates = o["max_iters"] * o["batch_size"] * o.get("gradient_accumulation_steps", 1) * o["block_size"]
-        return updates * o["n_layer"] * o["n_embd"] ** 2
-
-    flags = " ".join(f"--{name} {value}" for name, value in small.items())
-    return flags, work(small) / work(asdict(options))
-
-
-def maybe_compile(model, batches, options, given, device, dtype, seconds):
-    """torch.compile the model if that was asked for or will earn back its time. Says what it decided.
-
-    Falls back to the model as it is, in one line, where there is no working compiler.
-    """
-    if not options.compile:
-        return model
-    cost = 60 if device.type == "cuda" else 40  # seconds, as measured
-    if "compile" not in given and 0.1 * seconds < cost:
-        print(f"compile: no, a run this short would not earn back the {cost} s it takes (--compile forces it)")
-        return model
-    print(f"compile: yes, about {cost} s before the first step ...")
-    try:
-        compiled = torch.compile(model)
-        x, y = (t[: options.batch_size].to(device) for t in batches.batch(0))
-        with torch.random.fork_rng(), autocast(device, dtype):
-            compiled(x, y)[1].backward()
-        model.zero_grad(set_to_none=True)
-        return compiled
-    except Exception as error:  # a missing compiler shows as many kinds of error, depending on the platform
-        reason = (str(error).strip().splitlines() or [""])[0][:100]
-        print(f"compile: there is no working compiler here, running uncompiled ({type(error).__name__}: {reason})")
-        torch._dynamo.reset()
-        model.zero_grad(set_to_none=True)
-        return model
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # One step
 
 
@@ -276,7 +231,8 @@ def sample_text(model, tokenizer, length, device):
     """A short text by the model, from an empty prompt."""
     model.eval()
     idx = prompt_tokens(tokenizer, "").to(device)
-    ids = [int(token) for token in generate(model, idx, length, temperature=0.8, top_k=40)]
+    dice = torch.Generator(device).manual_seed(0)  # its own, so that a sample does not change the run
+    ids = [int(token) for token in generate(model, idx, length, temperature=0.8, top_k=40, generator=dice)]
     model.train()
     return tokenizer.decode(ids)
 
@@ -341,7 +297,8 @@ class Run:
             f.writelines(lines)
 
     def log(self, **figures):
-        """Add a line to metrics.jsonl."""
+        """Add a line to metrics.jsonl. JSON knows no infinity, which a gradient in float16 may reach: left out."""
+        figures = {name: figure for name, figure in figures.items() if math.isfinite(figure)}
         line = dict(step=self.step, seconds=round(self.seconds, 3), tokens=self.tokens, **figures)
         with open(self.path, "a") as f:
             f.write(json.dumps(line) + "\n")
@@ -352,6 +309,8 @@ class Run:
             loss = validation_loss(
                 self.model, self.data.val, self.options.batch_size, self.options.eval_iters, self.device
             )
+        if not math.isfinite(loss):  # nothing worth keeping
+            return loss
         self.log(val_loss=loss, val_bits_per_byte=self.data.bits_per_byte(loss))
         if loss < self.best:
             self.best = loss
@@ -360,6 +319,11 @@ class Run:
         figure = plots.loss_curve(read_metrics(self.path))
         figure.savefig(os.path.join(self.options.out_dir, "loss.png"), dpi=120)
         return loss
+
+    def diverged(self, loss):
+        """The error for a loss that is no number."""
+        kept = "" if self.best == float("inf") else f"; the best weights so far are kept in {self.options.out_dir}"
+        return UserError(f"the loss is {loss} at step {self.step}: the run has diverged; lower --learning_rate{kept}")
 
 
 def read_metrics(path):
@@ -402,7 +366,7 @@ def train(options, given):
         lr = learning_rate(run.step, options)
         for group in run.optimizer.param_groups:
             group["lr"] = lr
-        x, y = to_device(batches.batch(run.step), device)
+        x, y = batches.batch(run.step, device)
         loss, norm = training_step(fast_model, run.optimizer, run.scaler, x, y, options, device, dtype)
         run.step, run.tokens = run.step + 1, run.tokens + x.numel()
         bar.update(1)
@@ -415,15 +379,16 @@ def train(options, given):
             tokens_per_s = (run.tokens - last_tokens) / (now - last_time)
             run.seconds += now - last_time
             if not math.isfinite(train_loss):
-                raise UserError(
-                    f"the loss is {train_loss} at step {run.step}: the run has diverged; lower --learning_rate. "
-                    f"The last evaluation's weights are kept in {options.out_dir}"
-                )
+                bar.close()
+                raise run.diverged(train_loss)
             run.log(train_loss=train_loss, lr=lr, grad_norm=norm.item(), tokens_per_s=round(tokens_per_s))
             bar.set_postfix_str(f"loss {train_loss:.3f}, {tokens_per_s:,.0f} tokens/s")
             if evaluate:
                 bar.set_postfix_str("evaluating")
                 val = run.evaluate()
+                if not math.isfinite(val):
+                    bar.close()
+                    raise run.diverged(val)
                 bar.write(f"step {run.step}: val loss {val:.4f}, {data.bits_per_byte(val):.3f} bits per byte")
             if options.sample_interval and run.step % options.sample_interval == 0:
                 bar.write(sample_text(model, data.tokenizer, 200, device) + "\n")
@@ -455,13 +420,6 @@ def resumed_model(options, state):
     if data.fingerprint != state["fingerprint"]:
         raise UserError(f"--data {options.data}: is not the text this run began with; put that back to go on")
     return GPT(GPTConfig(**state["config"])), data
-
-
-def to_device(tensors, device):
-    """Move a batch; on a GPU without waiting for it."""
-    if device.type != "cuda":
-        return tuple(t.to(device) for t in tensors)
-    return tuple(t.pin_memory().to(device, non_blocking=True) for t in tensors)
 
 
 def bar_interval():

@@ -114,6 +114,8 @@ def _converter(kind, rules):
         except ValueError:
             value = None
         fits = value is not None and value == value and value not in (float("inf"), float("-inf"))
+        if fits and kind is int and abs(value) >= 2**32:
+            raise argparse.ArgumentTypeError(f"{text} is too large; the most is {2**32 - 1}")
         fits = fits and (low is None or value >= low) and (high is None or value < high)
         fits = fits and (choices is None or value in choices)
         if not fits:

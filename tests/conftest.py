@@ -1,0 +1,37 @@
+"""What several test files share: no network, the same numbers on every run, and a tiny model with weights that matter."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported; the commands that tests start inherit it
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+import pytest
+import torch
+from hypothesis import settings
+
+from model import GPT, GPTConfig
+
+torch.set_num_threads(1)  # for models this small one thread is the fastest, and sums come out the same everywhere
+
+# Hypothesis tries the same examples every time, keeps no directory, and does not mind a busy machine.
+settings.register_profile("repeatable", derandomize=True, database=None, deadline=None)
+settings.load_profile("repeatable")
+
+
+@pytest.fixture(scope="session")
+def make_model():
+    """make_model(seed=0, **sizes) -> a tiny GPT in eval mode whose every parameter is random, biases included.
+
+    Freshly initialised, a model hides mistakes: its biases are 0, its LayerNorms do nothing, its logits are all alike.
+    """
+
+    def make(seed=0, **sizes):
+        defaults = dict(block_size=8, vocab_size=11, n_layer=2, n_head=2, n_embd=16)
+        model = GPT(GPTConfig(**{**defaults, **sizes}))
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for p in model.parameters():
+                p.add_(0.2 * torch.randn(p.shape, generator=generator))
+        return model.eval()
+
+    return make
