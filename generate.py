@@ -98,7 +98,7 @@ def next_token_probs(logits, temperature=1.0, top_k=None, top_p=None):
     Top-k is applied first, top-p to what it left, both after the temperature.
     """
     logits = logits.float()
-    if temperature == 0:
+    if temperature < 1e-5:  # finer than float32 tells logits apart, and dividing by it could overflow
         return F.one_hot(logits.argmax(dim=-1), logits.size(-1)).float()
     logits = logits / temperature
     if top_k and top_k < logits.size(-1):

@@ -38,8 +38,8 @@ class GPTConfig:
 
     def __post_init__(self):
         for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} {getattr(self, name)}: must be at least 1")
+            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
+                raise ValueError(f"{name} {getattr(self, name)}: must be a whole number of at least 1")
         if self.n_embd % self.n_head != 0:
             raise ValueError(
                 f"n_embd {self.n_embd} is not divisible by n_head {self.n_head}: each head takes an equal share of the "
@@ -74,7 +74,7 @@ class CausalSelfAttention(nn.Module):
         self.dropout = config.dropout
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)  # queries, keys and values at once
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
-        self.resid_dropout = nn.Dropout(config.dropout)
+        self.resid_dropout = Dropout(config.dropout)
 
     def forward(self, x, cache=None):
         B, T, C = x.shape
@@ -90,19 +90,54 @@ class CausalSelfAttention(nn.Module):
 def attention(q, k, v, dropout=0.0):
     """softmax(q k^T / sqrt(D)) v with a causal mask: the last T of S positions look at themselves and what is before.
 
-    q is (B, H, T, D), k and v are (B, H, S, D) with S >= T; returns (B, H, T, D). Written out, it is
-
-        scores = q @ k.transpose(-2, -1) / math.sqrt(D)                        # (B, H, T, S)
-        scores = scores.masked_fill(~torch.ones(T, S).bool().tril(S - T), -inf)
-        y = dropout(softmax(scores, dim=-1)) @ v
-
-    PyTorch's fused kernel computes the same without keeping the (T, S) scores (Dao et al. 2022, FlashAttention).
+    q is (B, H, T, D), k and v are (B, H, S, D) with S >= T; returns (B, H, T, D). PyTorch's fused kernel computes it
+    without keeping the (T, S) scores (Dao et al. 2022, FlashAttention). Only for training on a CPU is the formula,
+    written out, the faster of the two up to some 512 positions (docs/speed.md); they agree to rounding.
     """
     T, S = q.size(2), k.size(2)
+    if T == S and q.requires_grad and q.device.type == "cpu" and T <= 512:
+        return attention_written_out(q, k, v, dropout)
     if T == S:
         return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
     mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T) if T > 1 else None  # one query sees all
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
+
+
+def attention_written_out(q, k, v, p=0.0):
+    """The formula itself, for T == S: all scores, those of the future at minus infinity, softmax, weighted mean."""
+    B, H, T, D = q.shape
+    future = torch.full((T, T), float("-inf"), dtype=q.dtype, device=q.device).triu(1)
+    q, k, v = (t.reshape(B * H, T, D) for t in (q, k, v))
+    scores = torch.baddbmm(
+        future, q, k.transpose(1, 2), alpha=1 / math.sqrt(D)
+    )  # (B * H, T, T): future + q k^T / sqrt(D)
+    weights = dropout(F.softmax(scores, dim=-1), p)
+    return (weights @ v).view(B, H, T, D)
+
+
+def dropout(x, p):
+    """Set a random share p of x to zero and scale the rest to keep the mean (Srivastava et al. 2014).
+
+    On a CPU, drawing a number for each element takes a quarter of a training step. There, eight elements share one
+    64-bit draw, a byte each, compared with a threshold; so p is rounded to a multiple of 1/256.
+    """
+    if x.device.type != "cpu" or p == 0:
+        return F.dropout(x, p)
+    threshold = min(max(round(256 * p), 1), 255)
+    draws = torch.empty((x.numel() + 7) // 8, dtype=torch.int64).random_(-(2**63), None).view(torch.uint8)
+    keep = draws[: x.numel()].ge_(threshold).view(x.shape)  # 1 with probability 1 - threshold / 256
+    return x * keep.to(x.dtype).mul_(256 / (256 - threshold))
+
+
+class Dropout(nn.Module):
+    """`dropout` as a layer: on while training, off in evaluation."""
+
+    def __init__(self, p):
+        super().__init__()
+        self.p = p
+
+    def forward(self, x):
+        return dropout(x, self.p) if self.training else x
 
 
 class MLP(nn.Module):
@@ -112,7 +147,7 @@ class MLP(nn.Module):
         super().__init__()
         self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
         self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
 
     def forward(self, x):
         x = F.gelu(self.c_fc(x), approximate="tanh")  # (B, T, 4C); GPT-2 has the tanh form (Hendrycks & Gimpel 2016)
@@ -146,7 +181,7 @@ class GPT(nn.Module):
             dict(
                 wte=nn.Embedding(config.vocab_size, config.n_embd),  # a vector for each token
                 wpe=nn.Embedding(config.block_size, config.n_embd),  # a vector for each position
-                drop=nn.Dropout(config.dropout),
+                drop=Dropout(config.dropout),
                 h=nn.ModuleList([Block(config) for _ in range(config.n_layer)]),
                 ln_f=LayerNorm(config),
             )

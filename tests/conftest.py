@@ -27,11 +27,12 @@ def make_model():
 
     def make(seed=0, **sizes):
         defaults = dict(block_size=8, vocab_size=11, n_layer=2, n_head=2, n_embd=16)
-        model = GPT(GPTConfig(**{**defaults, **sizes}))
-        generator = torch.Generator().manual_seed(seed)
-        with torch.no_grad():
-            for p in model.parameters():
-                p.add_(0.2 * torch.randn(p.shape, generator=generator))
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            model = GPT(GPTConfig(**{**defaults, **sizes}))
+            with torch.no_grad():
+                for p in model.parameters():
+                    p.add_(0.2 * torch.randn_like(p))
         return model.eval()
 
     return make

@@ -1,0 +1,93 @@
+"""plots.py: every function returns a figure that can be saved; what it shows are the numbers it was given."""
+
+import io
+import warnings
+
+import pytest
+import torch
+from matplotlib.figure import Figure
+
+import plots
+from utils import UserError
+
+METRICS = [
+    {"step": 1, "train_loss": 4.0, "lr": 1e-3},
+    {"step": 10, "train_loss": 3.0},
+    {"step": 10, "val_loss": 3.2},
+    {"step": 20, "train_loss": 2.0},
+    {"step": 20, "val_loss": 2.9},
+    {"step": 30, "val_loss": 3.1},
+]
+
+
+def lines(figure):
+    return {line.get_label(): (list(line.get_xdata()), list(line.get_ydata())) for line in figure.axes[0].lines}
+
+
+def png(figure):
+    """The figure as the bytes of a PNG file; a warning (a character that the font lacks, say) is an error."""
+    file = io.BytesIO()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        figure.savefig(file, dpi=30)
+    return file.getvalue()
+
+
+def test_the_loss_curve_shows_every_training_and_validation_loss_at_its_step():
+    curves = lines(plots.loss_curve(METRICS))
+    assert curves == {"training (one batch)": ([1, 10, 20], [4, 3, 2]), "validation": ([10, 20, 30], [3.2, 2.9, 3.1])}
+
+
+def test_the_loss_curve_names_the_best_validation_loss():
+    assert [note.get_text() for note in plots.loss_curve(METRICS).axes[0].texts] == ["best 2.900"]
+
+
+@pytest.mark.parametrize("metrics", [[], METRICS[:1], METRICS[2:3], METRICS], ids=["none", "train", "val", "both"])
+def test_the_loss_curve_of_a_run_that_has_just_begun_can_be_drawn(metrics):
+    assert png(plots.loss_curve(metrics)).startswith(b"\x89PNG")
+
+
+def test_a_bigram_table_shows_the_probabilities_and_labels_every_character():
+    probs = torch.tensor([[0.1, 0.9], [0.5, 0.5]])
+    figure = plots.bigram_table(probs, ["a", "\n"])
+    axes = figure.axes[0]
+    assert torch.equal(torch.as_tensor(axes.images[0].get_array().tolist()), probs)
+    assert [t.get_text() for t in axes.get_xticklabels()] == ["a", "↵"]
+    assert [t.get_text() for t in axes.get_yticklabels()] == ["a", "↵"]
+
+
+def test_characters_that_leave_no_mark_or_that_the_font_lacks_get_a_label_that_can_be_drawn():
+    chars = ["\n", "\r", "\t", " ", "\x00", "\u200b", "\ufeff", "é", "中", "\U0001f600", "$", "\\", "_", "^"]
+    labels = [plots.visible(c) for c in chars]
+    assert all(label.strip() for label in labels) and len(set(labels)) == len(chars)
+    assert png(plots.bigram_table(torch.full((14, 14), 1 / 14), chars)).startswith(b"\x89PNG")
+
+
+def test_mixing_weights_are_stacked_to_one():
+    figure = plots.mixing_weights(torch.tensor([[0.5, 0.3, 0.2], [0.1, 0.2, 0.7]]), ["0", "1"])
+    bars = figure.axes[0].patches
+    tops = [max(b.get_y() + b.get_height() for b in bars if round(b.get_x() + b.get_width() / 2) == i) for i in (0, 1)]
+    assert tops == pytest.approx([1, 1])
+    assert png(figure).startswith(b"\x89PNG")
+
+
+def test_a_picture_is_saved_in_the_format_of_its_name(tmp_path, capsys):
+    for name, start in (("a.png", b"\x89PNG"), ("b.svg", b"<?xml"), ("c.pdf", b"%PDF"), ("d", b"\x89PNG")):
+        plots.save_picture(plots.loss_curve(METRICS), str(tmp_path / name))
+        assert (tmp_path / name).read_bytes().startswith(start)
+        assert capsys.readouterr().out == f"picture: {tmp_path / name}\n"
+
+
+@pytest.mark.parametrize("name", ["nowhere/a.png", "a.banana"])
+def test_a_picture_that_cannot_be_written_is_a_user_error_and_leaves_no_file(tmp_path, name):
+    with pytest.raises(UserError, match="--out .*cannot be written"):
+        plots.save_picture(plots.loss_curve(METRICS), str(tmp_path / name))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_drawing_opens_no_window_and_keeps_no_figure_alive():
+    import matplotlib.pyplot as plt
+
+    before = plt.get_fignums()
+    assert isinstance(plots.new_figure()[0], Figure) and isinstance(plots.loss_curve(METRICS), Figure)
+    assert plt.get_fignums() == before

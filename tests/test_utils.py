@@ -1,0 +1,267 @@
+"""utils.py: the command line, the choice of device and dtype, errors of one line, files that are whole or not there."""
+
+import json
+import os
+import sys
+from dataclasses import dataclass
+from typing import Optional
+
+import pytest
+import torch
+
+import utils
+from utils import UserError, option, parse_options, pick_device, pick_dtype, run_command, write_atomically, write_json
+
+CPU = torch.device("cpu")
+
+
+@dataclass
+class Options:
+    size: int = option(6, "a size", at_least=1)
+    rate: float = option(0.5, "a rate of 50 %", at_least=0, below=1)
+    free: float = option(1.0, "any number")
+    name: Optional[str] = option(None, "a name (default: none)")
+    kind: str = option("red", "a colour", choices=("red", "blue"))
+    compile: bool = option(True, "yes or no")
+
+
+def parse(*argv):
+    return parse_options(Options, list(argv), "A test.")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The command line
+
+
+def test_without_flags_all_hold_their_default_and_none_is_given():
+    assert parse() == (Options(), set())
+
+
+@pytest.mark.parametrize("argv", [["--size", "3", "--name", "x"], ["--size=3", "--name=x"]])
+def test_a_value_follows_the_flag_after_a_space_or_an_equals_sign(argv):
+    assert parse(*argv) == (Options(size=3, name="x"), {"size", "name"})
+
+
+def test_the_last_of_a_flag_given_twice_counts():
+    assert parse("--size", "3", "--size", "4")[0].size == 4
+
+
+@pytest.mark.parametrize(
+    "argv, value",
+    [
+        (["--compile"], True),
+        (["--compile", "True"], True),
+        (["--compile=true"], True),
+        (["--compile", "1"], True),
+        (["--compile", "False"], False),
+        (["--compile=false"], False),
+        (["--compile", "0"], False),
+        (["--no-compile"], False),
+        (["--no_compile"], False),
+        (["--no-compile", "--compile"], True),
+    ],
+)
+def test_booleans_can_be_written_in_every_usual_way(argv, value):
+    options, given = parse(*argv)
+    assert options.compile is value and given == {"compile"}
+
+
+@pytest.mark.parametrize("number, value", [("1e-3", 0.001), (".25", 0.25), ("0", 0.0), ("3E-4", 3e-4)])
+def test_numbers_are_read_in_every_usual_notation(number, value):
+    assert parse("--rate", number)[0].rate == value
+
+
+def test_negative_numbers_and_values_that_begin_with_a_dash_are_not_taken_for_flags():
+    assert parse("--free", "-1.5")[0].free == -1.5
+    assert parse("--name=-x")[0].name == "-x"
+
+
+@pytest.mark.parametrize(
+    "argv, words",
+    [
+        (["--size", "0"], "--size: wants a whole number of at least 1, not '0'"),
+        (["--size", "-3"], "--size: wants a whole number of at least 1, not '-3'"),
+        (["--size", "1.5"], "--size: wants a whole number of at least 1, not '1.5'"),
+        (["--size", "six"], "--size: wants a whole number of at least 1, not 'six'"),
+        (["--size", ""], "--size: wants a whole number of at least 1, not ''"),
+        (["--size=" + 30 * "9"], "too large"),
+        (["--size"], "--size: expected one argument"),
+        (["--rate", "1"], "--rate: wants a number of at least 0 and below 1, not '1'"),
+        (["--rate", "nan"], "--rate: wants a number of at least 0 and below 1, not 'nan'"),
+        (["--free", "nan"], "--free: wants a number, not 'nan'"),
+        (["--free", "inf"], "--free: wants a number, not 'inf'"),
+        (["--free", "-1e999"], "--free: wants a number"),
+        (["--kind", "green"], "--kind: wants one of red, blue, not 'green'"),
+        (["--compile", "maybe"], "--compile: wants True or False, not 'maybe'"),
+        (["--nam", "x"], "unknown flag --nam; did you mean --name?"),
+        (["--sizes=3"], "unknown flag --sizes; did you mean --size?"),
+        (["--banana"], "unknown flag --banana; --help lists them all"),
+        (["stray"], "unknown flag stray"),
+    ],
+)
+def test_what_does_not_fit_is_refused_with_the_flag_the_rule_and_the_value(argv, words):
+    with pytest.raises(UserError) as error:
+        parse(*argv)
+    assert words in str(error.value) and "\n" not in str(error.value)
+
+
+def test_help_has_one_entry_a_flag_with_its_default_and_exits_0(capsys):
+    with pytest.raises(SystemExit) as exit:
+        parse("--help")
+    assert exit.value.code == 0
+    words = " ".join(capsys.readouterr().out.split())
+    assert "--size N a size (default: 6)" in words
+    assert "--rate X a rate of 50 % (default: 0.5)" in words
+    assert "--name TEXT a name (default: none) --kind" in words
+    assert "--compile [BOOL] yes or no (default: True)" in words
+    assert "no-compile" not in words and "no_compile" not in words
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Errors
+
+
+def status_of(main, monkeypatch, *argv):
+    monkeypatch.setattr(sys, "argv", ["/some/where/program.py", *argv])
+    with pytest.raises(SystemExit) as exit:
+        run_command(main)
+    return exit.value.code
+
+
+def test_a_command_gets_its_arguments_and_its_result_is_the_exit_status(monkeypatch):
+    assert status_of(len, monkeypatch, "a", "b", "c") == 3
+
+
+def test_a_user_error_is_one_line_on_stderr_and_status_2(monkeypatch, capsys):
+    def main(argv):
+        raise UserError("--size 0: too small; give a larger one")
+
+    assert status_of(main, monkeypatch) == 2
+    assert capsys.readouterr() == ("", "program.py: error: --size 0: too small; give a larger one\n")
+
+
+def test_ctrl_c_is_status_130_without_a_traceback(monkeypatch, capsys):
+    def main(argv):
+        raise KeyboardInterrupt
+
+    assert status_of(main, monkeypatch) == 130
+    assert capsys.readouterr() == ("", "")
+
+
+def test_a_bug_is_not_hidden(monkeypatch):
+    def main(argv):
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(sys, "argv", ["program.py"])
+    with pytest.raises(ZeroDivisionError):
+        run_command(main)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Device and number format
+
+
+def fake_cuda(monkeypatch, devices, capability=(8, 0)):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: devices > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: devices)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+
+
+def fake_mps(monkeypatch, available):
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: available)
+
+
+@pytest.mark.parametrize("gpus, mps, best", [(1, True, "cuda"), (0, True, "mps"), (0, False, "cpu")])
+def test_the_device_is_by_default_the_best_there_is(monkeypatch, gpus, mps, best):
+    fake_cuda(monkeypatch, gpus)
+    fake_mps(monkeypatch, mps)
+    assert pick_device().type == best
+
+
+def test_a_device_that_is_there_can_be_chosen(monkeypatch):
+    fake_cuda(monkeypatch, 2)
+    assert pick_device("cpu") == CPU
+    assert pick_device("cuda:1") == torch.device("cuda:1")
+
+
+@pytest.mark.parametrize(
+    "name, words",
+    [
+        ("gpu", "no such device"),
+        ("", "no such device"),
+        ("cpu cpu", "no such device"),
+        ("cuda:x", "no such device"),
+        ("meta", "no such device"),  # PyTorch knows it; nobody can train on it
+        ("cuda", "finds no CUDA GPU"),
+        ("cuda:1", "finds no CUDA GPU"),
+        ("mps", "finds no Apple GPU"),
+    ],
+)
+def test_a_device_that_is_not_there_is_refused_by_name(monkeypatch, name, words):
+    fake_cuda(monkeypatch, 0)
+    fake_mps(monkeypatch, False)
+    with pytest.raises(UserError, match=f"--device {name}: .*{words}"):
+        pick_device(name)
+
+
+def test_a_gpu_number_above_those_present_is_refused(monkeypatch):
+    fake_cuda(monkeypatch, 2)
+    with pytest.raises(UserError, match="cuda:2: this machine has 2 GPU"):
+        pick_device("cuda:2")
+
+
+@pytest.mark.parametrize(
+    "capability, dtype", [((8, 0), torch.bfloat16), ((9, 0), torch.bfloat16), ((7, 0), torch.float16)]
+)
+def test_on_cuda_the_default_is_bfloat16_where_the_hardware_has_it_else_float16(monkeypatch, capability, dtype):
+    fake_cuda(monkeypatch, 1, capability)
+    assert pick_dtype(None, torch.device("cuda")) == dtype
+
+
+@pytest.mark.parametrize("bfloat16, dtype", [(True, torch.bfloat16), (False, torch.float32)])
+def test_on_the_cpu_the_default_is_bfloat16_where_the_hardware_has_it_else_float32(monkeypatch, bfloat16, dtype):
+    monkeypatch.setattr(utils, "has_bfloat16", lambda device: bfloat16)
+    assert pick_dtype(None, CPU) == dtype
+
+
+def test_a_dtype_can_be_chosen_and_float16_needs_cuda():
+    assert pick_dtype("bfloat16", CPU) == torch.bfloat16
+    assert pick_dtype("float16", torch.device("cuda")) == torch.float16
+    with pytest.raises(UserError, match="--dtype float16 needs a CUDA GPU"):
+        pick_dtype("float16", CPU)
+
+
+def test_autocast_multiplies_in_the_dtype_and_keeps_the_weights_in_float32():
+    layer = torch.nn.Linear(4, 4)
+    for dtype in (torch.float32, torch.bfloat16):
+        with utils.autocast(CPU, dtype):
+            assert layer(torch.randn(2, 4)).dtype == dtype
+    assert layer.weight.dtype == torch.float32
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files and words
+
+
+def test_a_file_is_written_whole_or_the_old_one_stays(tmp_path):
+    path = tmp_path / "file.json"
+    write_json(str(path), {"ä": [1, 2]})
+    assert json.loads(path.read_text(encoding="utf-8")) == {"ä": [1, 2]}
+
+    def fail_halfway(temporary):
+        with open(temporary, "w") as f:
+            f.write("half")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_atomically(str(path), fail_halfway)
+    assert json.loads(path.read_text(encoding="utf-8")) == {"ä": [1, 2]}
+    assert os.listdir(str(tmp_path)) == ["file.json"]
+
+
+@pytest.mark.parametrize(
+    "seconds, words",
+    [(0, "0 seconds"), (59, "59 seconds"), (95, "1.6 minutes"), (7200, "2.0 hours"), (400_000, "4.6 days")],
+)
+def test_seconds_are_told_in_the_unit_that_a_person_would_choose(seconds, words):
+    assert utils.seconds_in_words(seconds) == words
