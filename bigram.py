@@ -75,16 +75,15 @@ def count_pairs(tokens, vocab_size):
 
 
 def learn(counts, steps):
-    """Gradient descent on a table of logits. counts (V, V), ADD included -> logits (V, V).
+    """Gradient descent on a table of logits. counts (V, V), ADD included -> probabilities (V, V), rows sum to 1.
 
-    softmax is "exp, then scale the row to sum to 1", so a logit is the log of a count, up to a constant for its row.
     The loss is the mean cross-entropy over all pairs of the text. Equal pairs have equal losses: we need each of them
     once, times its count, and so a step over the whole text costs no more than one over the table.
 
     In row a its gradient is (share of a in the text) * (softmax(logits)[a] - counts[a] / counts[a].sum()). It vanishes
     where prediction and count agree, and nowhere else: this is why learning must arrive where counting does.
     """
-    share = (counts / counts.sum()).float()  # (V, V), sums to 1
+    share = counts.double() / counts.sum()  # (V, V), sums to 1
     logits = torch.zeros_like(share, requires_grad=True)  # all zeros: every character is as probable as any other
     optimizer = torch.optim.Adam([logits])  # sizes the step for each logit, so rare pairs learn as fast as common ones
     for step in range(steps):
@@ -93,7 +92,7 @@ def learn(counts, steps):
         loss.backward()
         optimizer.param_groups[0]["lr"] = 1 - step / steps  # long strides at first, ever shorter ones to settle
         optimizer.step()
-    return logits.detach()
+    return F.softmax(logits.detach(), dim=1)
 
 
 def write(model, context, max_new_tokens, generator):
@@ -121,7 +120,7 @@ def main(argv):
         raise UserError(f"--data {options.data}: has {V} different characters, too many for a table; use train.py")
     print(f"counting {len(data.train) - 1:,} pairs of {V} characters (a blind guess has a loss of {math.log(V):.4f})")
     counts = count_pairs(data.train, V) + ADD
-    counted, learned = Bigram(counts), Bigram(learn(counts, options.steps).exp())
+    counted, learned = Bigram(counts), Bigram(learn(counts, options.steps))
     for name, model in (("counting", counted), (f"{options.steps} steps of gradient descent", learned)):
         print(f"by {name}: train loss {model.val_loss(data.train):.4f}, val loss {model.val_loss(data.val):.4f}")
     print(f"largest difference between their probabilities: {(counted.probs - learned.probs).abs().max():.1e}")

@@ -14,6 +14,7 @@ Every file is written beside its place, synced, and renamed over it, so that a c
 import json
 import os
 import pickle
+import warnings
 
 import torch
 from safetensors import SafetensorError
@@ -35,20 +36,38 @@ TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "ml
 def _read_json(path):
     try:
         with open(path, encoding="utf-8") as f:
-            return json.load(f)
+            content = json.load(f)
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be read as JSON ({error})") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: does not hold a JSON object")
+    return content
 
 
 def _load_torch(path):
     """torch.load without ever running a pickle's code."""
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about an unusual pickle; the error says it better
+            return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
         raise UserError(f"{path}: is damaged, or a pickle that could run code; it was not loaded") from None
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError) as error:
+    except Exception as error:  # a damaged file shows as one of a dozen classes, depending on where the damage lies
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"{path}: cannot be read, it may be truncated ({reason})") from None
+
+
+def _named_tensors(path, content):
+    """`content`, where it is what the weights of a model are: tensors by name. Raises UserError."""
+    if not isinstance(content, dict) or not all(
+        isinstance(name, str) and isinstance(tensor, torch.Tensor) for name, tensor in content.items()
+    ):
+        raise UserError(f"{path}: holds no weights (tensors by name)")
+    return content
+
+
+def _load_bin(path):
+    return _named_tensors(path, _load_torch(path))
 
 
 def _load_safetensors(path):
@@ -115,9 +134,14 @@ def load_model(path_or_name, block_size=None, dropout=None):
         if block_size > config.block_size:
             raise UserError(f"--block_size {block_size}: {path_or_name} knows only {config.block_size} positions")
         config.block_size = block_size
-        weights["transformer.wpe.weight"] = weights["transformer.wpe.weight"][:block_size]
+        if "transformer.wpe.weight" in weights:
+            weights["transformer.wpe.weight"] = weights["transformer.wpe.weight"][:block_size]
     if dropout is not None:
         config.dropout = dropout
+    if tokenizer is not None and tokenizer.vocab_size > config.vocab_size:
+        raise UserError(
+            f"{path_or_name}: its tokenizer has {tokenizer.vocab_size} tokens, its model only {config.vocab_size}"
+        )
     weights["lm_head.weight"] = weights.get("transformer.wte.weight")
     model = GPT(config)
     try:
@@ -129,7 +153,8 @@ def load_model(path_or_name, block_size=None, dropout=None):
 
 def _first_problem(error):
     lines = [line.strip() for line in str(error).splitlines()]
-    return lines[1] if len(lines) > 1 else lines[0]
+    line = lines[1] if len(lines) > 1 else lines[0]
+    return line if len(line) <= 200 else line[:200] + " ..."
 
 
 def _read_directory(directory):
@@ -147,8 +172,6 @@ def _read_directory(directory):
     for key, value in wanted.items():
         if c.get(key, value) != value:
             raise UserError(f"{path}: has {key} = {c[key]!r}; this GPT-2 has {value!r} only")
-    if c.get("n_inner") not in (None, 4 * c["n_embd"]):
-        raise UserError(f"{path}: has n_inner = {c['n_inner']}; this GPT-2 has 4 x n_embd only")
     try:
         config = GPTConfig(
             block_size=c["n_positions"],
@@ -161,6 +184,8 @@ def _read_directory(directory):
         )
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path}: is no complete GPT-2 config ({error})") from None
+    if c.get("n_inner") not in (None, 4 * config.n_embd):
+        raise UserError(f"{path}: has n_inner = {c['n_inner']}; this GPT-2 has 4 x n_embd only")
     weights = {}
     for name, tensor in _read_weights(directory).items():
         name = name if name.startswith(("transformer.", "lm_head.")) else f"transformer.{name}"
@@ -168,19 +193,22 @@ def _read_directory(directory):
             continue
         if name.endswith(".bias") and not config.bias:
             continue
-        weights[name] = tensor.t() if name.endswith(TRANSPOSED) else tensor
+        weights[name] = tensor.t() if name.endswith(TRANSPOSED) and tensor.dim() == 2 else tensor
     return config, weights, load_tokenizer(directory)
 
 
 def _read_weights(directory):
     """All tensors of a directory: model.safetensors or pytorch_model.bin, whole or in parts listed by an index."""
-    for name, read in (("model.safetensors", _load_safetensors), ("pytorch_model.bin", _load_torch)):
+    for name, read in (("model.safetensors", _load_safetensors), ("pytorch_model.bin", _load_bin)):
         path = os.path.join(directory, name)
         if os.path.exists(path):
             return read(path)
         if os.path.exists(f"{path}.index.json"):
-            parts = sorted(set(_read_json(f"{path}.index.json")["weight_map"].values()))
-            return {k: v for part in parts for k, v in read(os.path.join(directory, os.path.basename(part))).items()}
+            weight_map = _read_json(f"{path}.index.json").get("weight_map")
+            if not isinstance(weight_map, dict) or not all(isinstance(part, str) for part in weight_map.values()):
+                raise UserError(f"{path}.index.json: has no weight_map that names files")
+            parts = sorted({os.path.basename(part) for part in weight_map.values()})  # never out of the directory
+            return {k: v for part in parts for k, v in read(os.path.join(directory, part)).items()}
     raise UserError(f"{directory}: has a config.json but neither model.safetensors nor pytorch_model.bin")
 
 
@@ -193,8 +221,8 @@ def _read_nanogpt(path):
         config = GPTConfig(**saved["model_args"])
     except (TypeError, ValueError) as error:
         raise UserError(f"{path}: its model_args do not describe a GPT ({error})") from None
-    prefix = "_orig_mod."  # torch.compile's, where the run was compiled
-    weights = {k[len(prefix) :] if k.startswith(prefix) else k: v for k, v in saved["model"].items()}
+    model, prefix = _named_tensors(path, saved["model"]), "_orig_mod."  # torch.compile's, where the run was compiled
+    weights = {k[len(prefix) :] if k.startswith(prefix) else k: v for k, v in model.items()}
     return config, {k: v for k, v in weights.items() if not k.endswith(".attn.bias")}
 
 

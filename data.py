@@ -99,6 +99,8 @@ class LibraryTokenizer:
     """Any tokenizer.json (GPT-2's byte-pair encoding, say), run by Hugging Face's `tokenizers` library."""
 
     def __init__(self, tokenizer):
+        tokenizer.no_truncation()  # some files carry the settings they were trained with
+        tokenizer.no_padding()
         self._tokenizer = tokenizer
         self.vocab_size = tokenizer.get_vocab_size()
 
@@ -125,8 +127,10 @@ def load_tokenizer(directory):
                 spec = json.load(f)
             model, splitter = spec["model"], spec["pre_tokenizer"] or {}
             if model["type"] == "WordLevel" and splitter.get("pattern") == {"Regex": "[\\s\\S]"}:
-                return CharTokenizer(sorted(model["vocab"], key=model["vocab"].get))
-        except (ValueError, KeyError, TypeError, OSError) as error:
+                chars = sorted(model["vocab"])
+                if model["vocab"] == {c: i for i, c in enumerate(chars)}:  # ours is in code-point order
+                    return CharTokenizer(chars)
+        except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
             raise UserError(f"{path}: is not a tokenizer file ({error}); train again or restore it") from None
     elif not all(map(os.path.exists, pair)):
         return None
@@ -236,7 +240,7 @@ class Batches:
         if epoch != self._epoch:
             generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
             room = len(self.tokens) - 1 - self.windows_per_epoch * self.block_size
-            offset = torch.randint(min(room + 1, self.block_size), (1,), generator=generator)
+            offset = torch.randint(room + 1, (1,), generator=generator)
             order = torch.randperm(self.windows_per_epoch, generator=generator)
             self._epoch, self._starts = epoch, offset + order * self.block_size
         return self._starts

@@ -91,11 +91,12 @@ def attention(q, k, v, dropout=0.0):
     """softmax(q k^T / sqrt(D)) v with a causal mask: the last T of S positions look at themselves and what is before.
 
     q is (B, H, T, D), k and v are (B, H, S, D) with S >= T; returns (B, H, T, D). PyTorch's fused kernel computes it
-    without keeping the (T, S) scores (Dao et al. 2022, FlashAttention). Only for training on a CPU is the formula,
-    written out, the faster of the two up to some 512 positions (docs/speed.md); they agree to rounding.
+    without keeping the (T, S) scores (Dao et al. 2022, FlashAttention). Only for training on a CPU, in bfloat16 or with
+    dropout, is the formula written out the faster of the two, up to 1024 positions; they agree to rounding.
     """
     T, S = q.size(2), k.size(2)
-    if T == S and q.requires_grad and q.device.type == "cpu" and T <= 512:
+    written_out_is_faster = q.device.type == "cpu" and (q.dtype == torch.bfloat16 or dropout > 0) and T <= 1024
+    if T == S and q.requires_grad and written_out_is_faster:
         return attention_written_out(q, k, v, dropout)
     if T == S:
         return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)

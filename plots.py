@@ -57,10 +57,10 @@ def save_picture(figure, path):
 
 def visible(char):
     """A label for a character: signs for those that leave no mark, the code point for those that the font lacks."""
-    signs = {"\n": "↵", "\r": "␍", "\t": "⇥", " ": "␣"}
+    signs = {"\n": "↵", "\t": "⇥", " ": "␣"}
     font = get_font(findfont(FontProperties()))
     shows = char.isprintable() and font.get_char_index(ord(char))
-    return signs.get(char) or (char if shows else f"{ord(char):x}")
+    return signs.get(char) or (char if shows else f"{ord(char):02x}")
 
 
 def bigram_table(probs, labels):
@@ -69,7 +69,7 @@ def bigram_table(probs, labels):
     side = max(4.0, 0.16 * V)
     figure, axes = new_figure(side + 1.0, side + 0.4)
     # One hue from white to dark: lightness alone carries the number. The square root lifts the rare pairs into view.
-    image = axes.imshow(probs, cmap="Blues", norm=PowerNorm(0.5, vmin=0, vmax=1))
+    image = axes.imshow(probs.tolist(), cmap="Blues", norm=PowerNorm(0.5, vmin=0, vmax=1))
     names = [visible(char) for char in labels]
     axes.set_xticks(range(V), names)
     axes.set_yticks(range(V), names)

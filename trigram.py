@@ -2,8 +2,8 @@
 
     python trigram.py                                # counts input.txt, fits the mix, writes a sample and a picture
 
-Two characters tell more about the next than one, but there are V times as many contexts, and most are rare: what came
-after "qu" three times says little, what came after a pair that was never seen nothing. So three voices are mixed,
+Two characters tell more about the next than one, but there are V times as many contexts, and most are rare: a pair that
+was seen three times says little of what comes next, one that was never seen nothing. So three voices are mixed,
 
     P(c after ab) = w1 * count(c) / N  +  w2 * count(bc) / count(b)  +  w3 * count(abc) / count(ab)
 
@@ -30,7 +30,7 @@ from plots import mixing_weights, save_picture
 from utils import UserError, option, parse_options, run_command
 
 BUCKETS = 20  # pairs seen 0 times, once, 2-3, 4-7, 8-15 times, ... have weights of their own
-ITERATIONS = 50  # after some 20 the weights stand still
+ITERATIONS = 100  # by then the weights stand still in the third decimal
 MOST_CHARS = 300  # a table of 300 x 300 x 300 takes half a gigabyte to make
 
 
@@ -140,9 +140,7 @@ def main(argv):
     options, _ = parse_options(TrigramOptions, argv, "Chapter 2: count which character follows which two.")
     data = load_data(options.data)
     V = data.tokenizer.vocab_size
-    print(
-        f"counting {max(0, len(data.train) - 2):,} triples of {V} characters, fitting weights on the last tenth of them"
-    )
+    print(f"counting {len(data.train) - 2:,} triples of {V} characters, fitting weights on the last tenth of them")
     model = Trigram.from_tokens(data.train, V)
 
     used = bucket(model.seen).unique().tolist()

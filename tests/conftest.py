@@ -1,4 +1,4 @@
-"""What several test files share: no network, the same numbers on every run, and a tiny model with weights that matter."""
+"""What several test files share: no network, the same numbers on every run, a tiny model whose weights all matter."""
 
 import os
 

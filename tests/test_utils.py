@@ -90,7 +90,7 @@ def test_negative_numbers_and_values_that_begin_with_a_dash_are_not_taken_for_fl
         (["--rate", "nan"], "--rate: wants a number of at least 0 and below 1, not 'nan'"),
         (["--free", "nan"], "--free: wants a number, not 'nan'"),
         (["--free", "inf"], "--free: wants a number, not 'inf'"),
-        (["--free", "-1e999"], "--free: wants a number"),
+        (["--free=-1e999"], "--free: wants a number"),
         (["--kind", "green"], "--kind: wants one of red, blue, not 'green'"),
         (["--compile", "maybe"], "--compile: wants True or False, not 'maybe'"),
         (["--nam", "x"], "unknown flag --nam; did you mean --name?"),

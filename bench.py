@@ -1,0 +1,261 @@
+"""How fast is it here? Ours, and peers beside us on the same work.
+
+    python bench.py                                    # training and generation speed, memory, share of the peak
+    python bench.py --peers --nanogpt ../nanoGPT       # the same beside Hugging Face transformers and a nanoGPT clone
+    python bench.py quality --data mytext.txt          # the loss reached in a given time, whole processes
+
+Each figure is measured in a process of its own, so that memory is its own too. The systems take turns, round after
+round, because a machine's speed drifts; what is shown is the median, and the spread between the lowest and the highest.
+The peak is measured, not looked up: the fastest product of two large matrices in the number format that training uses.
+"""
+
+import importlib.util
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import asdict, dataclass, replace
+from typing import Optional
+
+import torch
+
+from generate import generate
+from model import GPT, GPTConfig
+from train import TrainOptions, read_metrics, training_step
+from utils import UserError, autocast, missing_extra, option, parse_options, pick_device, pick_dtype, run_command
+
+# The two settings that peers report on: the default model, and nanoGPT's for a computer without a GPU.
+SETTINGS = {
+    "default (6 x 384, block 256, batch 64)": TrainOptions(),
+    "small (4 x 128, block 64, batch 12)": TrainOptions(
+        n_layer=4, n_head=4, n_embd=128, block_size=64, batch_size=12, dropout=0.0
+    ),
+}
+VOCAB_SIZE = 65  # of Tiny Shakespeare's characters
+NEW_TOKENS = 250
+
+
+@dataclass
+class BenchOptions:
+    """Every flag of bench.py: its type, its default and its line of help."""
+
+    rounds: int = option(3, "times each figure is measured", at_least=1)
+    seconds: float = option(8.0, "seconds of work in each measurement", at_least=0.1)
+    peers: bool = option(False, "measure Hugging Face transformers beside us, where it is installed")
+    nanogpt: Optional[str] = option(None, "directory of a nanoGPT clone to measure beside us")
+    json: Optional[str] = option(None, "file for all figures, as JSON")
+    device: Optional[str] = option(None, "cpu, cuda, cuda:1 or mps (default: cuda if available)")
+    case: Optional[str] = option(None, "measure this one case, SYSTEM|WORK|SETTING, and print JSON (used by bench.py)")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# One case, in a process of its own
+
+
+def training_work(system, setting, options):
+    """A function that makes one training step, and how many tokens that is."""
+    device = pick_device(options.device)
+    tokens = torch.randint(VOCAB_SIZE, (setting.batch_size, setting.block_size + 1), device=device)
+    x, y = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+    if system == "ours":
+        from train import build_optimizer
+
+        dtype = pick_dtype(None, device)
+        model = GPT(model_config(setting)).to(device)
+        optimizer = build_optimizer(model, setting, device)
+        scaler = (getattr(torch.amp, "GradScaler", None) or torch.cuda.amp.GradScaler)(enabled=False)
+        fast = torch.compile(model) if device.type == "cuda" else model
+        return lambda: training_step(fast, optimizer, scaler, x, y, setting, device, dtype), x.numel()
+    model = peer_model(system, setting, options).to(device)
+    settings = dict(lr=setting.learning_rate, betas=(0.9, 0.99), weight_decay=0.1)
+    optimizer = torch.optim.AdamW(model.parameters(), fused=device.type == "cuda", **settings)
+    if device.type == "cuda":
+        model = torch.compile(model)
+    # Both peers' own settings: mixed precision on a GPU, float32 on a CPU.
+    dtype = pick_dtype(None, device) if device.type == "cuda" else torch.float32
+
+    def step():
+        with autocast(device, dtype):
+            loss = model(x, labels=x).loss if system == "transformers" else model(x, y)[1]
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return step, x.numel()
+
+
+def generation_work(system, setting, options):
+    """A function that writes NEW_TOKENS tokens in one stream, and how many tokens that is."""
+    device = pick_device(options.device)
+    idx = torch.zeros(1, 1, dtype=torch.int64, device=device)
+    if system == "ours":
+        model = GPT(model_config(setting)).to(device).eval()
+        return lambda: list(generate(model, idx, NEW_TOKENS, temperature=0.8, top_k=40)), NEW_TOKENS
+    model = peer_model(system, setting, options).to(device).eval()
+    if system == "nanogpt":
+        return lambda: model.generate(idx, NEW_TOKENS, temperature=0.8, top_k=40), NEW_TOKENS
+    settings = dict(do_sample=True, temperature=0.8, top_k=40, max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS)
+    return lambda: model.generate(idx, attention_mask=torch.ones_like(idx), pad_token_id=0, **settings), NEW_TOKENS
+
+
+def model_config(setting):
+    sizes = {name: getattr(setting, name) for name in ("block_size", "n_layer", "n_head", "n_embd", "dropout")}
+    return GPTConfig(vocab_size=VOCAB_SIZE, **sizes)
+
+
+def peer_model(system, setting, options):
+    """The same model as a peer builds it."""
+    if system == "transformers":
+        from transformers import GPT2Config, GPT2LMHeadModel
+
+        sizes = dict(n_layer=setting.n_layer, n_head=setting.n_head, n_embd=setting.n_embd)
+        sizes.update(n_positions=setting.block_size, vocab_size=VOCAB_SIZE, bos_token_id=None, eos_token_id=None)
+        p = setting.dropout
+        return GPT2LMHeadModel(GPT2Config(attn_pdrop=p, embd_pdrop=p, resid_pdrop=p, **sizes))
+    spec = importlib.util.spec_from_file_location("nanogpt_model", os.path.join(options.nanogpt, "model.py"))
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module.GPT(module.GPTConfig(bias=False, **asdict(model_config(replace(setting))) | {"bias": False}))
+
+
+def measure(case, options):
+    """Do a case's work for options.seconds. Returns its speed in tokens/s and the process's peak memory in MB."""
+    system, work, name = case.split("|")
+    build = {"train": training_work, "generate": generation_work}[work]
+    step, tokens = build(system, SETTINGS[name], options)
+    wait = torch.cuda.synchronize if pick_device(options.device).type == "cuda" else lambda: None
+    step()  # warms up
+    times = []
+    while sum(times) < options.seconds or len(times) < 2:
+        wait()
+        start = time.perf_counter()
+        step()
+        wait()
+        times.append(time.perf_counter() - start)
+    return dict(tokens_per_s=tokens / statistics.median(times), memory_mb=peak_memory())
+
+
+def peak_memory():
+    """The most memory this process ever held, in MB; None where the system does not say."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**20
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+def matmul_peak(device, dtype, size=2048):
+    """The speed of a product of two size x size matrices, in FLOP/s: the best of ten."""
+    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    best = float("inf")
+    for _ in range(12):
+        start = time.perf_counter()
+        (a @ b)[0, 0].item()  # waits for the device
+        best = min(best, time.perf_counter() - start)
+    return 2 * size**3 / best
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The table
+
+
+def main(argv):
+    options, _ = parse_options(BenchOptions, argv, "Measure speed, ours and peers'.")
+    if options.case is not None:
+        print(json.dumps(measure(options.case, options)))
+        return 0
+    return speed(options)
+
+
+def speed(options):
+    """Measure every case in turns and print the table."""
+    device = pick_device(options.device)
+    dtype = pick_dtype(None, device)
+    systems = ["ours", *peers(options)]
+    cases = [f"{s}|{work}|{name}" for name in SETTINGS for work in ("train", "generate") for s in systems]
+    peak = matmul_peak(device, dtype)
+    print(f"{machine(device)}; matrix products {peak / 1e9:,.0f} GFLOP/s in {str(dtype)[6:]}")
+    results = {case: [] for case in cases}
+    for number in range(options.rounds):
+        for case in cases:
+            print(f"round {number + 1} of {options.rounds}: {case}", file=sys.stderr)
+            results[case].append(run_case(case, options))
+    rows = []
+    for case, measured in results.items():
+        system, work, name = case.split("|")
+        speeds = [m["tokens_per_s"] for m in measured]
+        memory = [m["memory_mb"] for m in measured if m["memory_mb"] is not None]
+        row = dict(system=system, work=work, setting=name, tokens_per_s=statistics.median(speeds))
+        row.update(lowest=min(speeds), highest=max(speeds), memory_mb=max(memory) if memory else None)
+        if work == "train":
+            row["share_of_peak"] = row["tokens_per_s"] * GPT(model_config(SETTINGS[name])).flops_per_token() / peak
+        rows.append(row)
+    for name in SETTINGS:
+        print_table(name, [row for row in rows if row["setting"] == name])
+    if options.json:
+        content = dict(date=time.strftime("%Y-%m-%d"), machine=machine(device), matmul_flops=peak, rows=rows)
+        with open(options.json, "w", encoding="utf-8") as f:
+            json.dump(content, f, indent=1)
+    return 0
+
+
+def print_table(name, rows):
+    """One setting's rows, ours first, with the ratio to ours."""
+    print(f"\n{name}\n  {'':<26}{'tokens/s':>10}  {'lowest - highest':>18}{'ours is':>10}{'of peak':>9}{'memory':>10}")
+    ours = {row["work"]: row["tokens_per_s"] for row in rows if row["system"] == "ours"}
+    for row in sorted(rows, key=lambda r: (r["work"] == "generate", r["system"] != "ours")):
+        share = f"{row['share_of_peak']:.0%}" if "share_of_peak" in row else ""
+        memory = f"{row['memory_mb']:,.0f} MB" if row["memory_mb"] else ""
+        ratio = "" if row["system"] == "ours" else f"{ours[row['work']] / row['tokens_per_s']:.1f} x"
+        spread = f"{row['lowest']:,.0f} - {row['highest']:,.0f}"
+        label = f"{row['work']}, {row['system']}"
+        print(f"  {label:<26}{row['tokens_per_s']:>10,.0f}  {spread:>18}{ratio:>10}{share:>9}{memory:>10}")
+
+
+def peers(options):
+    """The peers that are asked for. Raises UserError where one is not there."""
+    found = []
+    if options.peers:
+        if importlib.util.find_spec("transformers") is None:
+            raise missing_extra("transformers", "--peers")
+        found.append("transformers")
+    if options.nanogpt is not None:
+        if not os.path.isfile(os.path.join(options.nanogpt, "model.py")):
+            raise UserError(f"--nanogpt {options.nanogpt}: holds no model.py; give the directory of a nanoGPT clone")
+        found.append("nanogpt")
+    return found
+
+
+def run_case(case, options):
+    """Measure a case in a new process."""
+    command = [sys.executable, os.path.abspath(__file__), "--case", case, "--seconds", str(options.seconds)]
+    for name in ("nanogpt", "device"):
+        if getattr(options, name) is not None:
+            command += [f"--{name}", getattr(options, name)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, universal_newlines=True)
+    if done.returncode != 0:
+        raise UserError(f"measuring {case} failed: {(done.stderr.strip().splitlines() or ['?'])[-1]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def machine(device):
+    """The machine in words."""
+    if device.type == "cuda":
+        return f"{torch.cuda.get_device_name(device)}, PyTorch {torch.__version__}"
+    name = platform.processor() or platform.machine()
+    if os.path.exists("/proc/cpuinfo"):
+        with open("/proc/cpuinfo") as f:
+            name = next((line.split(":")[1].strip() for line in f if line.startswith("model name")), name)
+    return f"{name}, {torch.get_num_threads()} threads, PyTorch {torch.__version__}"
+
+
+if __name__ == "__main__":
+    run_command(main)

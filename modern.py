@@ -1,0 +1,123 @@
+"""The same GPT with the ideas of the years since GPT-2, each named where it stands (chapter 6; read model.py first).
+
+What changed, and why, with the papers. What each one buys, measured by leaving it out, is in the README.
+
+    rotary positions        where a token stands is told by turning its queries and keys, not by adding a vector
+    query-key norm          queries and keys of fixed length: attention cannot blow up, so larger learning rates work
+    token shift             each layer also sees the token before, so attention need not be spent on that
+    ReLU squared            a cheaper, sparser bend than GELU, and as good or better
+    no biases, plain norms  nothing to learn where learning buys nothing
+    zero projections        every layer begins as doing nothing, and learns to add something
+    untied, zero head       the first guess is "all tokens equally likely"; reading and writing have a table each
+    soft-capped logits      no token can be called certain, so no step can be wildly wrong
+    Muon                    updates of the matrices in which all directions count the same (build_optimizers)
+
+Shapes in the comments as in model.py: B sequences, T tokens, C channels, H heads of D channels, V tokens to choose from.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
+
+from model import Dropout, attention
+
+
+@dataclass
+class ModernConfig:
+    """The shape of a model. Raises ValueError where the numbers make no model."""
+
+    block_size: int = 256
+    vocab_size: int = 65
+    n_layer: int = 6
+    n_head: int = 6
+    n_embd: int = 384
+    dropout: float = 0.0
+
+    def __post_init__(self):
+        for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} {getattr(self, name)}: must be at least 1")
+        if self.n_embd % (2 * self.n_head) != 0:
+            raise ValueError(
+                f"n_embd {self.n_embd} is not divisible by 2 x n_head {self.n_head}: rotary positions turn each head's "
+                f"channels in pairs; try n_embd {max(1, self.n_embd // (2 * self.n_head)) * 2 * self.n_head}"
+            )
+        if not 0.0 <= self.dropout < 1.0:
+            raise ValueError(f"dropout {self.dropout}: must be at least 0 and below 1")
+
+
+def norm(x):
+    """Each position's channels with mean 0 and variance 1, with nothing to learn (Groeneveld et al. 2024, OLMo, 3.1)."""
+    return F.layer_norm(x, x.shape[-1:])
+
+
+def rotary_table(block_size, D):
+    """cos and signed sin of each position's angles, two (block_size, D) tensors (Su et al. 2021, RoFormer, 3.2).
+
+    Channel i and i + D/2 are the two coordinates of a point that position t turns by t * 1000^(-2i/D). The dot product
+    of a query and a key then depends on how far apart they are, not on where they stand.
+    """
+    speeds = 1000.0 ** -torch.linspace(0, 1, D // 2)  # from one radian a token to a thousandth
+    angles = torch.arange(block_size)[:, None] * speeds  # (block_size, D / 2)
+    return torch.cat([angles.cos(), angles.cos()], 1), torch.cat([angles.sin(), -angles.sin()], 1)
+
+
+def rotate(x, cos, sin):
+    """Turn each head's channels by their position's angles: x (B, H, T, D), cos and sin (T, D)."""
+    return torch.addcmul(x * cos, x.roll(x.size(-1) // 2, dims=-1), sin)
+
+
+class CausalSelfAttention(nn.Module):
+    """model.py's, with rotary positions and normed queries and keys (Henry et al. 2020)."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.n_head, self.dropout = config.n_head, config.dropout
+        self.c_q = nn.Linear(config.n_embd, config.n_embd, bias=False)  # three matrices, not one: Muon treats each
+        self.c_k = nn.Linear(config.n_embd, config.n_embd, bias=False)  # as a whole
+        self.c_v = nn.Linear(config.n_embd, config.n_embd, bias=False)
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=False)
+        self.resid_dropout = Dropout(config.dropout)
+
+    def forward(self, x, cos, sin, cache=None):
+        B, T, C = x.shape
+        weight = torch.cat([self.c_q.weight, self.c_k.weight, self.c_v.weight])  # (3C, C): one product, not three
+        q, k, v = F.linear(x, weight).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)  # (B, H, T, D)
+        q, k = rotate(norm(q).to(v.dtype), cos, sin), rotate(norm(k).to(v.dtype), cos, sin)
+        if cache is not None:
+            k, v = cache.append(k, v)  # (B, H, S, D)
+        y = attention(q, k, v, self.dropout if self.training else 0.0)
+        return self.resid_dropout(self.c_proj(y.transpose(1, 2).reshape(B, T, C)))
+
+
+class MLP(nn.Module):
+    """Widen by four, bend with ReLU squared (So et al. 2021, Primer), narrow again."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=False)
+        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=False)
+        self.dropout = Dropout(config.dropout)
+
+    def forward(self, x):
+        return self.dropout(self.c_proj(F.relu(self.c_fc(x)).square()))
+
+
+class Block(nn.Module):
+    """One layer: token shift, attention, MLP, each reading a normed copy of x and adding to it."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.shift = nn.Parameter(torch.zeros(config.n_embd))  # how much of the token before flows into each channel
+        self.attn = CausalSelfAttention(config)
+        self.mlp = MLP(config)
+
+    def forward(self, x, cos, sin, cache=None):
+        h = norm(x)
+        before = F.pad(h, (0, 0, 1, 0))[:, :-1] if cache is None else cache.previous(h)  # (B, T, C), one token earlier
+        x = x + self.attn(torch.addcmul(h, before, self.shift), cos, sin, cache)  # token shift (Peng et al. 2023, RWKV)
+        return x + self.mlp(norm(x))
