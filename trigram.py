@@ -144,7 +144,7 @@ def main(argv):
     model = Trigram.from_tokens(data.train, V)
 
     used = bucket(model.seen).unique().tolist()
-    names = ["0", "1"] + [f"{2 ** (k - 1)}-{2**k - 1}" for k in range(2, BUCKETS)]
+    names = ["0", "1"] + [f"{2 ** (k - 1)}-{2**k - 1}" for k in range(2, BUCKETS - 1)] + [f"{2 ** (BUCKETS - 2)}+"]
     print(f"{'pair seen':>15}  P(c)   P(c|b)  P(c|ab)")
     for k in used:
         print(f"{names[k]:>15}  " + "   ".join(f"{w:.3f}" for w in model.weights[k]))

@@ -10,9 +10,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import bigram
 import plots
 from bigram import ADD, Bigram, count_pairs, learn, write
 from data import CharTokenizer, load_data
+from utils import run_command
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 TEXT = "the miller kept the words, and the mayor kept the bet.\n" * 3
@@ -109,13 +111,13 @@ def test_command(tmp_path):
     assert (tmp_path / "table.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_seed_and_length_decide_the_sample(tmp_path):
-    text = tmp_path / "text.txt"
+def test_seed_and_length_decide_the_sample(tmp_path, capsys):
+    text, outputs = tmp_path / "text.txt", []
     text.write_text(TEXT)
-    outputs = [
-        run("--data", text, "--out", tmp_path / "p.svg", "--steps", 1, "--seed", seed, "--max_new_tokens", 40).stdout
-        for seed in (1, 1, 2)
-    ]
+    for seed in ("1", "1", "2"):
+        flags = ["--data", str(text), "--out", str(tmp_path / "p.svg"), "--steps", "1", "--max_new_tokens", "40"]
+        assert bigram.main([*flags, "--seed", seed]) == 0
+        outputs.append(capsys.readouterr().out)
     assert outputs[0] == outputs[1] != outputs[2]
     assert len(outputs[0].split("a sample:\n")[1].split("\npicture:")[0]) == 40 + 1
     assert "<svg" in (tmp_path / "p.svg").read_text()
@@ -134,10 +136,20 @@ def test_seed_and_length_decide_the_sample(tmp_path):
         ("".join(map(chr, range(0x4E00, 0x4E00 + 1001))), [], "1001 different characters"),
     ],
 )
-def test_errors_are_one_line(tmp_path, content, flags, words):
+def test_errors_are_one_line(tmp_path, monkeypatch, capsys, content, flags, words):
     if content is not None:
         (tmp_path / "text.txt").write_text(content, encoding="utf-8")
-    result = run("--data", tmp_path / "text.txt", "--out", tmp_path / "p.png", "--steps", "1", *flags)
+    flags = ["--data", str(tmp_path / "text.txt"), "--out", str(tmp_path / "p.png"), "--steps", "1", *flags]
+    monkeypatch.setattr(sys, "argv", ["bigram.py", *flags])  # in this process: starting another takes a second
+    with pytest.raises(SystemExit) as stopped:
+        run_command(bigram.main)
+    error = capsys.readouterr().err
+    assert stopped.value.code == 2
+    assert error.startswith("bigram.py: error: ") and error.count("\n") == 1
+    assert words in error
+
+
+def test_an_error_as_a_process():
+    result = run("--data", "no-such-file.txt")
     assert result.returncode == 2
-    assert result.stderr.startswith("bigram.py: error: ") and result.stderr.count("\n") == 1
-    assert words in result.stderr
+    assert result.stderr.startswith("bigram.py: error: --data no-such-file.txt") and result.stderr.count("\n") == 1

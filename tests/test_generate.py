@@ -320,13 +320,13 @@ def with_twin(make_model, tmp_path_factory):
     return make
 
 
-@pytest.mark.parametrize("end", [None, 3], ids=["no end", "token 3 ends"])
+@pytest.mark.parametrize("ends", [[], [3], [0, 3, 4, 6, 9]], ids=["no end", "one token ends", "many tokens end"])
 @pytest.mark.parametrize("num_beams, length_penalty", [(2, 1.0), (4, 1.0), (3, 0.0), (3, -1.0), (5, 2.0)])
 @pytest.mark.parametrize("seed", range(3))
-def test_beam_search_equals_hugging_faces(with_twin, seed, num_beams, length_penalty, end):
+def test_beam_search_equals_hugging_faces(with_twin, seed, num_beams, length_penalty, ends):
     ours, theirs = with_twin(seed)
     idx = tokens(1, 3, seed=seed)
-    is_end = None if end is None else lambda continuation: continuation[-1] == end
+    is_end = (lambda continuation: continuation[-1] in ends) if ends else None
     found = beam_search(ours, idx, 8, num_beams, length_penalty, is_end)
     expected = theirs.generate(
         idx,
@@ -337,14 +337,15 @@ def test_beam_search_equals_hugging_faces(with_twin, seed, num_beams, length_pen
         num_return_sequences=num_beams,
         length_penalty=length_penalty,
         early_stopping="never",
-        eos_token_id=end,
-        pad_token_id=0 if end is None else end,
+        eos_token_id=ends or None,
+        pad_token_id=ends[0] if ends else 0,
         return_dict_in_generate=True,
         output_scores=True,
     )
     sequences = [sequence[3:] for sequence in expected.sequences.tolist()]
-    if end is not None:  # cut the padding
-        sequences = [s[: s.index(end) + 1] if end in s else s for s in sequences]
+    for sequence in sequences:  # behind its end, each is filled up with padding
+        end = next((i for i, token in enumerate(sequence) if token in ends), len(sequence))
+        del sequence[end + 1 :]
     assert [h.tokens for h in found] == sequences
     assert [h.score for h in found] == pytest.approx(expected.sequences_scores.tolist(), abs=1e-3)
 
@@ -381,5 +382,6 @@ def test_a_search_stops_when_nothing_better_can_come(make_model):
     """With a penalty on length, a likely end at once cannot be beaten by anything longer."""
     model = make_model(block_size=64)
     calls = count_calls(model)
-    beam_search(model, tokens(1, 3), 50, num_beams=2, length_penalty=-1.0, is_end=lambda ids: ids[-1] < 9)
+    found = beam_search(model, tokens(1, 3), 50, num_beams=2, length_penalty=-1.0, is_end=lambda ids: ids[-1] in (2, 5))
+    print(calls, found)
     assert len(calls) < 10
