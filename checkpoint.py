@@ -14,6 +14,7 @@ Every file is written beside its place, synced, and renamed over it, so that a c
 import json
 import os
 import pickle
+from dataclasses import asdict, fields
 import warnings
 
 import torch
@@ -22,8 +23,10 @@ from safetensors.torch import load_file, save_file
 
 from data import load_tokenizer, save_tokenizer
 from model import GPT, GPTConfig
+from modern import Modern, ModernConfig
 from utils import UserError, missing_extra, write_atomically, write_json
 
+MODERN_TYPE = "nanogpt-modern"  # in config.json, where a GPT has "gpt2"
 HUB_NAMES = {name: f"openai-community/{name}" for name in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")}
 
 # GPT-2's published weights hold these matrices as (in, out); a PyTorch Linear holds (out, in).
@@ -82,7 +85,22 @@ def _load_safetensors(path):
 
 
 def save_model(directory, model, tokenizer):
-    """Write model and tokenizer as a Hugging Face GPT-2 directory."""
+    """Write model and tokenizer: a GPT as a Hugging Face GPT-2 directory, a Modern in the same layout as it is."""
+    config, tensors = _modern_files(model) if isinstance(model, Modern) else _gpt2_files(model)
+    metadata = {"format": "pt"}
+    write_atomically(os.path.join(directory, "model.safetensors"), lambda path: save_file(tensors, path, metadata))
+    write_json(os.path.join(directory, "config.json"), config)
+    save_tokenizer(directory, tokenizer, model.config.block_size)
+
+
+def _modern_files(model):
+    """The config.json and tensors of modern.py's model."""
+    tensors = {name: p.float().cpu().contiguous() for name, p in model.state_dict().items()}
+    return {"model_type": MODERN_TYPE, **asdict(model.config)}, tensors
+
+
+def _gpt2_files(model):
+    """The config.json and tensors of model.py's GPT, under Hugging Face's names."""
     c = model.config
     config = {
         "architectures": ["GPT2LMHeadModel"],
@@ -109,10 +127,7 @@ def save_model(directory, model, tokenizer):
             tensors[name] = (p.t() if name.endswith(TRANSPOSED) else p).float().cpu().contiguous()
             if not c.bias and not name.endswith(("wte.weight", "wpe.weight")):
                 tensors[name[: -len("weight")] + "bias"] = torch.zeros(tensors[name].size(-1))
-    metadata = {"format": "pt"}
-    write_atomically(os.path.join(directory, "model.safetensors"), lambda path: save_file(tensors, path, metadata))
-    write_json(os.path.join(directory, "config.json"), config)
-    save_tokenizer(directory, tokenizer, c.block_size)
+    return config, tensors
 
 
 def load_model(path_or_name, block_size=None, dropout=None):
@@ -163,8 +178,10 @@ def _read_directory(directory):
     if not os.path.exists(path):
         raise UserError(f"{directory}: holds no model yet (no config.json); train one with: python train.py")
     c = _read_json(path)
+    if c.get("model_type") == MODERN_TYPE:
+        return _read_modern(path, c), _read_weights(directory), load_tokenizer(directory)
     if c.get("model_type") != "gpt2":
-        raise UserError(f"{path}: is a model of type {c.get('model_type')!r}; only 'gpt2' can be loaded")
+        raise UserError(f"{path}: is a model of type {c.get('model_type')!r}; only 'gpt2' and our own can be loaded")
     wanted = dict(
         activation_function="gelu_new", layer_norm_epsilon=1e-5, tie_word_embeddings=True, scale_attn_weights=True
     )
@@ -195,6 +212,14 @@ def _read_directory(directory):
             continue
         weights[name] = tensor.t() if name.endswith(TRANSPOSED) and tensor.dim() == 2 else tensor
     return config, weights, load_tokenizer(directory)
+
+
+def _read_modern(path, c):
+    """The ModernConfig in a config.json that was read from path."""
+    try:
+        return ModernConfig(**{f.name: c[f.name] for f in fields(ModernConfig)})
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{path}: is no complete config ({error!r})") from None
 
 
 def _read_weights(directory):

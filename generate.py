@@ -27,6 +27,7 @@ class LayerCache:
     def __init__(self, block_size):
         self.block_size, self.length = block_size, 0
         self.k = self.v = None  # made at the first append, when shape, device and type are known
+        self.last = None  # modern.py's token shift looks one position back
 
     def append(self, k, v):
         """Add the keys and values (B, H, T, D) of T more tokens; returns those of all S tokens, (B, H, S, D)."""
@@ -38,6 +39,21 @@ class LayerCache:
         self.v[:, :, self.length : end] = v
         self.length = end
         return self.k[:, :, :end], self.v[:, :, :end]
+
+    def previous(self, x):
+        """x (B, T, C) one position earlier: what the position before these T was, then the first T - 1 of them."""
+        before = torch.zeros_like(x[:, :1]) if self.last is None else self.last
+        self.last = x[:, -1:]
+        return torch.cat([before, x[:, :-1]], dim=1)
+
+    def clear(self):
+        self.length, self.last = 0, None
+
+    def select(self, rows):
+        """Make row i of the batch what row `rows[i]` was."""
+        self.k, self.v = self.k.index_select(0, rows), self.v.index_select(0, rows)
+        if self.last is not None:
+            self.last = self.last.index_select(0, rows)
 
 
 class KVCache:
@@ -51,13 +67,14 @@ class KVCache:
         return self.layers[0].length
 
     def clear(self):
+        """Forget all tokens, and keep the memory."""
         for layer in self.layers:
-            layer.length = 0
+            layer.clear()
 
     def select(self, rows):
         """Make row i of the batch what row `rows[i]` was: beam search drops some rows and doubles others."""
         for layer in self.layers:
-            layer.k, layer.v = layer.k.index_select(0, rows), layer.v.index_select(0, rows)
+            layer.select(rows)
 
 
 class Reader:

@@ -232,7 +232,7 @@ class GPT(nn.Module):
         if targets is None:
             return self.lm_head(self.transformer.ln_f(x[:, -1:])), None  # (B, 1, V)
         logits = self.lm_head(self.transformer.ln_f(x))  # (B, T, V)
-        loss = F.cross_entropy(logits.view(-1, logits.size(-1)), targets.reshape(-1), ignore_index=-1)
+        loss = F.cross_entropy(logits.view(-1, logits.size(-1)).float(), targets.reshape(-1), ignore_index=-1)
         return logits, loss
 
     def num_params(self, embedding=True):

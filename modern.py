@@ -86,7 +86,9 @@ class CausalSelfAttention(nn.Module):
     def forward(self, x, cos, sin, cache=None):
         B, T, C = x.shape
         weight = torch.cat([self.c_q.weight, self.c_k.weight, self.c_v.weight])  # (3C, C): one product, not three
-        q, k, v = F.linear(x, weight).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)  # (B, H, T, D)
+        q, k, v = (
+            F.linear(x, weight).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)
+        )  # (B, H, T, D)
         q, k = rotate(norm(q).to(v.dtype), cos, sin), rotate(norm(k).to(v.dtype), cos, sin)
         if cache is not None:
             k, v = cache.append(k, v)  # (B, H, S, D)
@@ -121,3 +123,58 @@ class Block(nn.Module):
         before = F.pad(h, (0, 0, 1, 0))[:, :-1] if cache is None else cache.previous(h)  # (B, T, C), one token earlier
         x = x + self.attn(torch.addcmul(h, before, self.shift), cos, sin, cache)  # token shift (Peng et al. 2023, RWKV)
         return x + self.mlp(norm(x))
+
+
+class Modern(nn.Module):
+    """The whole model, with model.GPT's interface: `logits, loss = model(idx, targets)`."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.gradient_checkpointing = False
+        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
+        self.drop = Dropout(config.dropout)
+        self.layers = nn.ModuleList([Block(config) for _ in range(config.n_layer)])
+        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)  # untied
+        cos, sin = rotary_table(config.block_size, config.n_embd // config.n_head)
+        self.register_buffer("cos", cos, persistent=False)
+        self.register_buffer("sin", sin, persistent=False)
+        for name, p in self.named_parameters():
+            if name.endswith("c_proj.weight") or name == "lm_head.weight":
+                nn.init.zeros_(
+                    p
+                )  # each layer begins as doing nothing, the first guess as undecided (Zhang et al. 2019)
+            elif name.startswith("layers.") and p.dim() == 2:
+                nn.init.uniform_(p, -1.0, 1.0).mul_(0.5 * math.sqrt(3 / p.size(1)))  # standard deviation 0.5 / sqrt(C)
+
+    def forward(self, idx, targets=None, cache=None):
+        """As model.GPT.forward: idx and targets (B, T) int64 -> (logits (B, T, V) or (B, 1, V), loss or None)."""
+        T = idx.size(1)
+        start = 0 if cache is None else cache.length
+        if start + T > self.config.block_size:
+            raise ValueError(
+                f"{start + T} tokens do not fit in block_size {self.config.block_size}; keep the last ones"
+            )
+        x = self.drop(norm(self.wte(idx)))  # (B, T, C)
+        cos, sin = (table[start : start + T].to(self.lm_head.weight.dtype) for table in (self.cos, self.sin))
+        for i, block in enumerate(self.layers):
+            if self.gradient_checkpointing and self.training:
+                x = checkpoint(block, x, cos, sin, use_reentrant=False)
+            else:
+                x = block(x, cos, sin, None if cache is None else cache.layers[i])
+        if targets is None:
+            x = x[:, -1:]
+        logits = self.lm_head(norm(x)).float()
+        logits = 15 * torch.tanh(logits / 15)  # soft cap (Gemma Team 2024, Gemma 2, section 2)
+        if targets is None:
+            return logits, None
+        return logits, F.cross_entropy(logits.view(-1, logits.size(-1)), targets.reshape(-1), ignore_index=-1)
+
+    def num_params(self, embedding=True):
+        """How many numbers are learned; without `embedding`, the table for reading is left out."""
+        return sum(p.numel() for p in self.parameters()) - (0 if embedding else self.wte.weight.numel())
+
+    def flops_per_token(self):
+        """Floating-point operations that training takes for one token, counted as in model.GPT.flops_per_token."""
+        c = self.config
+        return 6 * self.num_params(embedding=False) + 12 * c.n_layer * c.n_embd * c.block_size

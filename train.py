@@ -1,12 +1,16 @@
 """Train a GPT on a text file.
 
-    python train.py                                  # the default model on input.txt, into out/
+    python train.py --minutes 3                      # the best model for three minutes on this machine, into out/
+    python train.py                                  # the default model on input.txt
     python train.py --data mytext.txt --n_layer 4 --n_head 4 --n_embd 128 --max_iters 2000
     python train.py --resume                         # go on where a run was stopped
 
-It reads in the order in which a run happens: options, model, optimizer, one step, the loop, the report.
+It reads in the order in which a run happens: options, directory, model, the loop, the report. One step is optim.py.
 """
 
+import utils  # first: it starts the clock and sets how PyTorch's threads wait  # noqa: F401
+
+# isort: split
 import itertools
 import json
 import math
@@ -14,7 +18,7 @@ import os
 import signal
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Optional
 
 import torch
@@ -25,17 +29,10 @@ from checkpoint import gpt2_tokenizer, holds_run, load_model, load_state, save_m
 from data import load_data, load_tokenizer, prompt_tokens, validation_loss
 from generate import generate
 from model import GPT, GPTConfig
-from plan import check_memory, maybe_compile, seconds_per_step, smaller_setting
-from utils import (
-    UserError,
-    autocast,
-    option,
-    parse_options,
-    pick_device,
-    pick_dtype,
-    run_command,
-    seconds_in_words,
-)
+from modern import Modern, ModernConfig
+from optim import Learner
+from plan import check_memory, for_minutes, maybe_compile, seconds_per_token, smaller_setting
+from utils import STARTED, UserError, option, parse_options, pick_device, pick_dtype, run_command, seconds_in_words
 
 METRICS = "metrics.jsonl"
 
@@ -52,7 +49,10 @@ class TrainOptions:
         False, "where out_dir holds an earlier run, move that aside (out-1, out-2, ...) and start anew"
     )
     init_from: Optional[str] = option(None, "start from these weights: a run's directory, a GPT-2 directory or name")
+    # the one dial
+    minutes: Optional[float] = option(None, "how long to train; chooses every setting not given (plan.py)", above=0)
     # model
+    arch: str = option("gpt", "gpt (GPT-2 exactly) or modern (modern.py)", choices=("gpt", "modern"))
     n_layer: int = option(6, "transformer layers", at_least=1)
     n_head: int = option(6, "attention heads in each layer", at_least=1)
     n_embd: int = option(384, "channels (embedding dimension), a multiple of n_head", at_least=1)
@@ -63,12 +63,15 @@ class TrainOptions:
     batch_size: int = option(64, "windows of block_size tokens in each step", at_least=1)
     gradient_accumulation_steps: int = option(1, "batches to add up before each update of the weights", at_least=1)
     max_iters: int = option(10_000, "updates of the weights in the whole run", at_least=1)
-    learning_rate: float = option(3e-4, "highest learning rate", at_least=0)
-    min_lr: Optional[float] = option(None, "learning rate at the end (default: a tenth of learning_rate)", at_least=0)
-    warmup_iters: int = option(100, "steps in which the learning rate climbs to its highest", at_least=0)
-    weight_decay: float = option(0.1, "AdamW's decay of the weight matrices", at_least=0)
-    beta1: float = option(0.9, "AdamW's memory of the gradient", at_least=0, below=1)
-    beta2: float = option(0.99, "AdamW's memory of the squared gradient", at_least=0, below=1)
+    learning_rate: float = option(3e-4, "highest learning rate; modern: 4e-3", at_least=0)
+    matrix_lr: float = option(0.02, "highest learning rate of Muon, for a modern model's matrices", at_least=0)
+    min_lr: Optional[float] = option(
+        None, "learning rate at the end (default: a tenth of learning_rate; modern: 0)", at_least=0
+    )
+    warmup_iters: int = option(100, "steps in which the learning rate climbs to its highest; modern: 20", at_least=0)
+    weight_decay: float = option(0.1, "decay of the weight matrices; modern: 0", at_least=0)
+    beta1: float = option(0.9, "AdamW's memory of the gradient; modern: 0.8", at_least=0, below=1)
+    beta2: float = option(0.99, "AdamW's memory of the squared gradient; modern: 0.95", at_least=0, below=1)
     grad_clip: float = option(1.0, "largest norm of the gradient; 0 switches clipping off", at_least=0)
     seed: int = option(1337, "for initial weights, batches and dropout", at_least=0)
     # reports
@@ -87,8 +90,11 @@ class TrainOptions:
     gradient_checkpointing: bool = option(False, "compute activations again in the backward pass, to save memory")
 
 
+# What a modern model has for a default in place of the above.
+MODERN = dict(learning_rate=4e-3, min_lr=0.0, warmup_iters=20, weight_decay=0.0, beta1=0.8, beta2=0.95)
+
 # Of a resumed run these may change; everything else would make it another run.
-MAY_CHANGE = {"resume", "data", "out_dir", "max_iters", "eval_interval", "eval_iters", "log_interval"}
+MAY_CHANGE = {"resume", "data", "out_dir", "max_iters", "minutes", "eval_interval", "eval_iters", "log_interval"}
 MAY_CHANGE |= {"sample_interval", "device", "compile", "gradient_checkpointing", "fresh"}
 
 
@@ -149,26 +155,56 @@ def resumed_options(options, given):
     return TrainOptions(**{**state["options"], **changed}), state
 
 
-def build_model(options, given):
-    """A new model for the text, or one that starts from other weights. Returns (model, data)."""
-    shape = ("block_size", "n_layer", "n_head", "n_embd", "bias")
+def choose_settings(options, given, data, device, dtype):
+    """Fill in what was not given: a modern model's defaults and, with --minutes, the sizes that suit the time."""
+    chosen = {}
+    if options.minutes is not None:
+        chosen["arch"] = "modern" if hasattr(torch.optim, "Muon") else "gpt"
+        sizes, why = for_minutes(options.minutes, len(data.train), device, dtype)
+        chosen.update(sizes)
+    arch = options.arch if "arch" in given or options.minutes is None else chosen["arch"]
+    if arch == "modern":
+        chosen.update(MODERN)
+    elif options.minutes is not None:
+        chosen.update(learning_rate=2e-3, min_lr=0.0)
+    chosen = {name: value for name, value in chosen.items() if name not in given}
+    if options.minutes is not None:
+        shown = {name: value for name, value in chosen.items() if name != "max_iters"}
+        print(f"{why}:")
+        print(
+            " ".join(f"--{name} {value:g}" if name != "arch" else f"--{name} {value}" for name, value in shown.items())
+        )
+    return replace(options, **chosen)
+
+
+def build_model(options, vocab_size):
+    """A new model. Raises UserError where the sizes make none, or none that fits this machine."""
+    sizes = {name: getattr(options, name) for name in ("block_size", "n_layer", "n_head", "n_embd", "dropout")}
+    try:
+        if options.arch == "modern":
+            return Modern(ModernConfig(vocab_size=vocab_size, **sizes))
+        config = GPTConfig(vocab_size=vocab_size, bias=options.bias, **sizes)
+        check_memory(options, vocab_size)
+        return GPT(config)
+    except ValueError as error:
+        raise UserError(f"--{error}") from None
+
+
+def begin(options, given, device, dtype):
+    """The model and text of a new run. Returns (options, model, data)."""
     if options.init_from is None:
         data = load_data(options.data)
-        sizes = {name: getattr(options, name) for name in shape}
-        try:
-            config = GPTConfig(vocab_size=data.tokenizer.vocab_size, dropout=options.dropout, **sizes)
-            data.check_length(options.block_size)
-            check_memory(options, config.vocab_size)
-            return GPT(config), data
-        except ValueError as error:
-            raise UserError(f"--{error}") from None
+        options = choose_settings(options, given, data, device, dtype)
+        data.check_length(options.block_size)
+        return options, build_model(options, data.tokenizer.vocab_size), data
     block_size = options.block_size if "block_size" in given else None
     model, tokenizer = load_model(options.init_from, block_size, options.dropout)
-    for name in shape:
-        wanted, found = getattr(options, name), getattr(model.config, name)
-        if name in given and wanted != found:
-            raise UserError(f"--{name} {wanted}: {options.init_from} has {found}; leave the flag out")
-        setattr(options, name, found)
+    found = dict(asdict(model.config), arch="modern" if isinstance(model, Modern) else "gpt")
+    for name in ("arch", "block_size", "n_layer", "n_head", "n_embd", "bias"):
+        wanted = getattr(options, name)
+        if name in given and name in found and wanted != found[name]:
+            raise UserError(f"--{name} {wanted}: {options.init_from} has {found[name]}; leave the flag out")
+    found = {name: value for name, value in found.items() if hasattr(options, name) and name != "dropout"}
     if tokenizer is None and model.config.vocab_size >= 50257:
         tokenizer = gpt2_tokenizer()
     data = load_data(options.data, tokenizer)
@@ -178,76 +214,46 @@ def build_model(options, given):
             f"--init_from {options.init_from}: knows {theirs} tokens, but {options.data} has {ours}; give the text it "
             f"was trained on, or start without --init_from"
         )
-    return model, data
+    options = choose_settings(replace(options, **found), given | set(found) | {"dropout"}, data, device, dtype)
+    data.check_length(options.block_size)
+    return options, model, data
 
 
-def build_optimizer(model, options, device):
-    """AdamW (Loshchilov & Hutter 2019) that decays the matrices but not the biases and LayerNorms."""
-    matrices = [p for p in model.parameters() if p.dim() >= 2]
-    vectors = [p for p in model.parameters() if p.dim() < 2]
-    groups = [dict(params=matrices, weight_decay=options.weight_decay), dict(params=vectors, weight_decay=0.0)]
-    settings = dict(lr=options.learning_rate, betas=(options.beta1, options.beta2))
-    try:
-        return torch.optim.AdamW(groups, fused=device.type in ("cuda", "cpu"), **settings)
-    except RuntimeError:  # fused on the CPU came with PyTorch 2.4
-        return torch.optim.AdamW(groups, **settings)
+def resume(options, given):
+    """The settings, model and text of the run in out_dir. Returns (options, model, data, state)."""
+    state = load_state(options.out_dir)
+    for name in sorted(given - MAY_CHANGE):
+        old, new = state["options"][name], getattr(options, name)
+        if new != old:
+            raise UserError(
+                f"--{name} {new}: this run began with {old}, and changing it would make it another run; "
+                f"leave the flag out, or start anew in another --out_dir"
+            )
+    changed = {name: getattr(options, name) for name in given & MAY_CHANGE}
+    options = TrainOptions(**{**state["options"], **changed})
+    step, seconds = state["counters"]["step"], state["counters"]["seconds"]
+    if step >= options.max_iters:
+        raise UserError(f"--resume: the run in {options.out_dir} has done its {step} steps; give a larger --max_iters")
+    if options.minutes is not None and seconds >= 60 * options.minutes - 3:
+        raise UserError(f"--resume: the run in {options.out_dir} has had its {options.minutes:g} minutes; give more")
+    data = load_data(options.data, load_tokenizer(options.out_dir))
+    if data.fingerprint != state["fingerprint"]:
+        raise UserError(f"--data {options.data}: is not the text this run began with; put that back to go on")
+    return options, build_model(options, state["config"]["vocab_size"]), data, state
 
 
-def learning_rate(step, options):
-    """Climb for warmup_iters steps, then fall along half a cosine to min_lr at max_iters."""
-    low = options.learning_rate / 10 if options.min_lr is None else options.min_lr
-    if step < options.warmup_iters:
-        return options.learning_rate * (step + 1) / options.warmup_iters
-    progress = (step - options.warmup_iters) / max(1, options.max_iters - options.warmup_iters)
-    return low + 0.5 * (options.learning_rate - low) * (1 + math.cos(math.pi * min(1.0, progress)))
+def lr_share(step, progress, options):
+    """The share of its highest learning rate that a step is made with, 0 to 1. progress: the share of the run done.
+
+    It climbs for warmup_iters steps and falls to min_lr at the end: with --minutes in a line (Defazio et al. 2023: hard
+    to beat), else along half a cosine (Loshchilov & Hutter 2017).
+    """
+    floor = 0.1 if options.min_lr is None else options.min_lr / (options.learning_rate or 1)
+    left = 1 - progress if options.minutes is not None else 0.5 * (1 + math.cos(math.pi * progress))
+    return min(1.0, (step + 1) / (options.warmup_iters or 1)) * (floor + (1 - floor) * left)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# One step
-
-
-def rows_at_once(options, device):
-    """How many of a step's windows go through the model together; the rest follows, and the gradients add up.
-
-    On a GPU the batch_size that was asked for. On a CPU some 2,048 tokens: then what one operation writes is still in
-    the cache when the next one reads it, which is a third faster than the whole batch of the default model at once.
-    """
-    if device.type != "cpu":
-        return options.batch_size
-    return min(options.batch_size, max(1, 2048 // options.block_size))
-
-
-def training_step(model, optimizer, scaler, x, y, options, device, dtype):
-    """Update the weights once from x, y (batch_size * gradient_accumulation_steps, T).
-
-    Returns the loss in nats per token and the norm of the gradient before clipping, as tensors: reading their value
-    would make the CPU wait for the GPU.
-    """
-    rows, total = rows_at_once(options, device), 0.0
-    for x_part, y_part in zip(x.split(rows), y.split(rows)):
-        with autocast(device, dtype):
-            _, loss = model(x_part, y_part)
-        loss = loss * (len(x_part) / len(x))  # the parts' losses add up to the mean over all windows
-        scaler.scale(loss).backward()
-        total = total + loss.detach()
-    scaler.unscale_(optimizer)
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), options.grad_clip or float("inf"))
-    scaler.step(optimizer)
-    scaler.update()
-    optimizer.zero_grad(set_to_none=True)
-    return total, norm
-
-
-def sample_text(model, tokenizer, length, device):
-    """A short text by the model, from an empty prompt."""
-    model.eval()
-    idx = prompt_tokens(tokenizer, "").to(device)
-    dice = torch.Generator(device).manual_seed(0)  # its own, so that a sample does not change the run
-    ids = [int(token) for token in generate(model, idx, length, temperature=0.8, top_k=40, generator=dice)]
-    model.train()
-    return tokenizer.decode(ids)
-
-
 # The run
 
 
@@ -270,12 +276,26 @@ class Run:
 
     def __init__(self, options, model, data, device, dtype):
         self.options, self.model, self.data, self.device, self.dtype = options, model, data, device, dtype
-        self.optimizer = build_optimizer(model, options, device)
-        Scaler = getattr(torch.amp, "GradScaler", None) or torch.cuda.amp.GradScaler  # torch.amp's: PyTorch 2.3
-        self.scaler = Scaler(enabled=dtype == torch.float16)
-        self.step, self.tokens, self.seconds = 0, 0, 0.0
-        self.best = float("inf")  # lowest val loss so far
+        self.learner = Learner(model, options, device, dtype)
+        self.step, self.tokens = 0, 0
+        self.best = math.inf  # lowest val loss so far
+        self.earlier_seconds = 0.0  # of the processes before this one, where the run was resumed
+        self.first_second = None  # when the first step began, in seconds of the run
+        self.reserved = 0.0  # seconds to leave for the end: the last evaluation, the picture, the sample
         self.path = os.path.join(options.out_dir, METRICS)
+
+    @property
+    def seconds(self):
+        """How long the run has taken, from the start of the process on."""
+        return self.earlier_seconds + time.perf_counter() - STARTED
+
+    def progress(self):
+        """The share of the run that is done, 0 to 1: in steps or, with --minutes, in time."""
+        done = self.step / self.options.max_iters
+        if self.options.minutes is not None:
+            last_second = 60 * self.options.minutes - self.reserved
+            done = max(done, (self.seconds - self.first_second) / max(0.1, last_second - self.first_second))
+        return min(1.0, done)
 
     def save(self):
         """Keep the newest state, from which --resume goes on."""
@@ -284,11 +304,9 @@ class Run:
             options=asdict(self.options),
             config=asdict(self.model.config),
             fingerprint=self.data.fingerprint,
-            model=self.model.state_dict(),
-            optimizer=self.optimizer.state_dict(),
-            scaler=self.scaler.state_dict(),
-            counters=dict(step=self.step, tokens=self.tokens, seconds=self.seconds, best=self.best),
+            counters={name: getattr(self, name) for name in ("step", "tokens", "best", "seconds", "first_second")},
             random=dict(cpu=torch.get_rng_state(), cuda=cuda),
+            **self.learner.state_dict(),
         )
         save_state(self.options.out_dir, state)
         if not os.path.exists(os.path.join(self.options.out_dir, "model.safetensors")):
@@ -296,10 +314,10 @@ class Run:
 
     def restore(self, state):
         """Go back to exactly where `save` was called; metrics logged after that are dropped."""
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.scaler.load_state_dict(state["scaler"])
-        vars(self).update(state["counters"])
+        self.learner.load_state_dict(state)
+        counters = dict(state["counters"])
+        self.earlier_seconds = counters.pop("seconds")
+        vars(self).update(counters)
         torch.set_rng_state(state["random"]["cpu"])
         if self.device.type == "cuda" and state["random"]["cuda"]:
             torch.cuda.set_rng_state_all(state["random"]["cuda"])
@@ -346,52 +364,58 @@ def read_metrics(path):
 def train(options, given):
     """Train as the options say. Returns the exit status: 0, or 130 / 143 after Ctrl-C / SIGTERM, with the run saved."""
     check_directory(options)
-    options, state = resumed_options(options, given) if options.resume else (options, None)
     device = pick_device(options.device)
-    dtype = pick_dtype(options.dtype, device)
     torch.manual_seed(options.seed)
-    model, data = build_model(options, given) if state is None else resumed_model(options, state)
+    if options.resume:
+        options, model, data, state = resume(options, given)
+        dtype = pick_dtype(options.dtype, device)
+    else:
+        dtype = pick_dtype(options.dtype, device)
+        options, model, data = begin(options, given, device, dtype)
     batches = data.batches(options.batch_size * options.gradient_accumulation_steps, options.block_size, options.seed)
     model.gradient_checkpointing = options.gradient_checkpointing
     model.to(device).train()
     make_directory(options)
     run = Run(options, model, data, device, dtype)
-    if state is not None:
+    if options.resume:
         run.restore(state)
-
     print(
         f"{model.num_params() / 1e6:.2f} M parameters, {data.tokenizer.vocab_size} tokens in the vocabulary, "
         f"{len(data.train):,} to train on, {len(data.val):,} to validate; {device.type}, {str(dtype)[6:]}"
     )
-    seconds = seconds_per_step(model, batches, options, device, dtype) * (options.max_iters - run.step)
-    if seconds > 3600:
-        flags, share = smaller_setting(options)
-        print(f"This run will take about {seconds_in_words(seconds)} on this machine.")
-        print(f"A smaller one, about {seconds_in_words(seconds * share)}: python train.py {flags}")
-    fast_model = maybe_compile(model, batches, options, given, device, dtype, seconds)  # the same weights
+    evaluation_seconds = look_ahead(run, batches, given)
 
     stop = StopSignal()
-    bar = tqdm(total=options.max_iters, initial=run.step, unit="step", dynamic_ncols=True, mininterval=bar_interval())
-    last_time, last_tokens = time.perf_counter(), run.tokens
-    while run.step < options.max_iters and stop.number is None:
-        lr = learning_rate(run.step, options)
-        for group in run.optimizer.param_groups:
-            group["lr"] = lr
+    timed = options.minutes is not None
+    bar = tqdm(
+        total=round(60 * options.minutes) if timed else options.max_iters,
+        initial=round(run.seconds) if timed else run.step,
+        unit="s" if timed else "step",
+        dynamic_ncols=True,
+        mininterval=0.2 if sys.stderr.isatty() else 10.0,  # rarely where the output goes to a file
+    )
+    if run.first_second is None:
+        run.first_second = run.seconds
+    pause = max(3.0, (60 * options.minutes) / 8, 25 * evaluation_seconds) if timed else None  # between evaluations
+    last_seconds, last_tokens, last_evaluation = run.seconds, run.tokens, run.seconds
+    progress = run.progress()
+    while progress < 1 and stop.number is None:
+        share = lr_share(run.step, progress, options)
         x, y = batches.batch(run.step, device)
-        loss, norm = training_step(fast_model, run.optimizer, run.scaler, x, y, options, device, dtype)
-        run.step, run.tokens = run.step + 1, run.tokens + x.numel()
-        bar.update(1)
+        loss, norm = run.learner.step(x, y, share)
+        run.step, run.tokens, progress = run.step + 1, run.tokens + x.numel(), run.progress()
+        bar.update(round(run.seconds) - bar.n if timed else 1)
 
-        finished = run.step == options.max_iters or stop.number is not None
-        evaluate = run.step % options.eval_interval == 0 or run.step == options.max_iters
+        finished = progress == 1 or stop.number is not None
+        due = run.seconds - last_evaluation > pause if timed else run.step % options.eval_interval == 0
+        evaluate = due or progress == 1
         if run.step % options.log_interval == 0 or run.step == 1 or evaluate or finished:
             train_loss = loss.item()
-            now = time.perf_counter()
-            tokens_per_s = (run.tokens - last_tokens) / (now - last_time)
-            run.seconds += now - last_time
+            tokens_per_s = (run.tokens - last_tokens) / (run.seconds - last_seconds)
             if not math.isfinite(train_loss):
                 bar.close()
                 raise run.diverged(train_loss)
+            lr = share * options.learning_rate
             run.log(train_loss=train_loss, lr=lr, grad_norm=norm.item(), tokens_per_s=round(tokens_per_s))
             bar.set_postfix_str(f"loss {train_loss:.3f}, {tokens_per_s:,.0f} tokens/s", refresh=False)
             if evaluate:
@@ -400,12 +424,46 @@ def train(options, given):
                     bar.close()
                     raise run.diverged(val)
                 bar.write(f"step {run.step}: val loss {val:.4f}, {data.bits_per_byte(val):.3f} bits per byte")
+                last_evaluation = run.seconds
             if options.sample_interval and run.step % options.sample_interval == 0:
                 bar.write(sample_text(model, data.tokenizer, 200, device) + "\n")
-            run.seconds += time.perf_counter() - now
-            last_time, last_tokens = time.perf_counter(), run.tokens
+            last_seconds, last_tokens = run.seconds, run.tokens
     bar.close()
     return report(run, stop)
+
+
+def look_ahead(run, batches, given):
+    """Before the first step: say how long the run will take, and compile where that pays.
+
+    Sets run.reserved; returns how many seconds an evaluation will take.
+    """
+    options = run.options
+    x, y = batches.batch(run.step, run.device)
+    token_seconds = seconds_per_token(run.learner, x, y)
+    windows = options.eval_iters * options.batch_size
+    evaluation_seconds = 0.4 * token_seconds * min(len(run.data.val), windows * options.block_size)
+    if options.minutes is not None:
+        run.reserved = min(2.0 + 1.3 * evaluation_seconds, 30 * options.minutes)
+        seconds = 60 * options.minutes - run.seconds
+    else:
+        seconds = token_seconds * x.numel() * (options.max_iters - run.step)
+        if seconds > 3600:
+            flags, share = smaller_setting(options)
+            print(f"This run will take about {seconds_in_words(seconds)} on this machine.")
+            print(f"A smaller one, about {seconds_in_words(seconds * share)}: python train.py {flags}")
+    if options.compile:
+        maybe_compile(run.learner, x, y, "compile" in given, seconds)
+    return evaluation_seconds
+
+
+def sample_text(model, tokenizer, length, device):
+    """A short text by the model, from an empty prompt."""
+    model.eval()
+    idx = prompt_tokens(tokenizer, "").to(device)
+    dice = torch.Generator(device).manual_seed(0)  # its own, so that a sample does not change the run
+    ids = [int(token) for token in generate(model, idx, length, temperature=0.8, top_k=40, generator=dice)]
+    model.train()
+    return tokenizer.decode(ids)
 
 
 def report(run, stop):
@@ -419,22 +477,6 @@ def report(run, stop):
     print(f"a sample:\n{sample_text(run.model, run.data.tokenizer, 400, run.device)}\n")
     print(f"model: {out}/  loss curve: {out}/loss.png  write more: python sample.py --out_dir {out}")
     return 0
-
-
-def resumed_model(options, state):
-    """The model and data of the run that `state` comes from; its weights follow in Run.restore."""
-    step = state["counters"]["step"]
-    if step >= options.max_iters:
-        raise UserError(f"--resume: the run in {options.out_dir} has done its {step} steps; give a larger --max_iters")
-    data = load_data(options.data, load_tokenizer(options.out_dir))
-    if data.fingerprint != state["fingerprint"]:
-        raise UserError(f"--data {options.data}: is not the text this run began with; put that back to go on")
-    return GPT(GPTConfig(**state["config"])), data
-
-
-def bar_interval():
-    """Seconds between two drawings of the progress bar: rarely where the output goes to a file."""
-    return 0.2 if sys.stderr.isatty() else 10.0
 
 
 if __name__ == "__main__":

@@ -1,10 +1,16 @@
 """What every command needs: its command line, a device and a number format, and errors that fit on one line."""
 
+import os
+import time
+
+STARTED = time.perf_counter()  # before PyTorch is loaded: a run's seconds are those of the whole process
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # PyTorch's threads sleep while they wait: they often share a core
+
+# isort: split
 import argparse
 import contextlib
 import difflib
 import json
-import os
 import re
 import sys
 import typing
@@ -40,9 +46,11 @@ def run_command(main):
 # The command line: one dataclass per command says it all
 
 
-def option(default, help, at_least=None, below=None, choices=None):
+def option(default, help, at_least=None, above=None, below=None, choices=None):
     """A dataclass field that is also a flag: its default, its one line of help and the values it takes."""
-    return field(default=default, metadata=dict(help=help, at_least=at_least, below=below, choices=choices))
+    return field(
+        default=default, metadata=dict(help=help, at_least=at_least, above=above, below=below, choices=choices)
+    )
 
 
 def parse_options(cls, argv, description):
@@ -99,10 +107,12 @@ def _boolean(text):
 
 
 def _converter(kind, rules):
-    low, high, choices = rules["at_least"], rules["below"], rules["choices"]
+    low, above, high, choices = rules["at_least"], rules["above"], rules["below"], rules["choices"]
     wants = {int: "a whole number", float: "a number", str: "text"}[kind]
     if low is not None:
         wants += f" of at least {low}"
+    if above is not None:
+        wants += f" above {above}"
     if high is not None:
         wants += f"{' and' if low is not None else ''} below {high}"
     if choices is not None:
@@ -116,7 +126,12 @@ def _converter(kind, rules):
         fits = value is not None and value == value and value not in (float("inf"), float("-inf"))
         if fits and kind is int and abs(value) >= 2**32:
             raise argparse.ArgumentTypeError(f"{text} is too large; the most is {2**32 - 1}")
-        fits = fits and (low is None or value >= low) and (high is None or value < high)
+        fits = (
+            fits
+            and (low is None or value >= low)
+            and (above is None or value > above)
+            and (high is None or value < high)
+        )
         fits = fits and (choices is None or value in choices)
         if not fits:
             raise argparse.ArgumentTypeError(f"wants {wants}, not '{text}'")
