@@ -30,6 +30,17 @@ def check_memory(options, vocab_size):
         )
 
 
+def rows_at_once(options, device):
+    """How many of a step's windows go through the model together; the rest follows, and the gradients add up.
+
+    On a GPU the batch_size that was asked for. On a CPU some 2,048 tokens: then what one operation writes is still in
+    the cache when the next one reads it, which is a third faster than the whole batch of the default model at once.
+    """
+    if device.type != "cpu":
+        return options.batch_size
+    return min(options.batch_size, max(1, 2048 // options.block_size))
+
+
 def seconds_per_step(model, batches, options, device, dtype):
     """Time a small forward and backward pass and scale it to one step. Leaves no trace: no gradients, same dice."""
     rows = max(1, min(options.batch_size, 1024 // options.block_size))
@@ -72,7 +83,7 @@ def maybe_compile(model, batches, options, given, device, dtype, seconds):
     print(f"compile: yes, about {cost} s before the first step ...")
     try:
         compiled = torch.compile(model)
-        x, y = (t[: options.batch_size] for t in batches.batch(0, device))
+        x, y = (t[: rows_at_once(options, device)] for t in batches.batch(0, device))  # the shape of every step
         with torch.random.fork_rng(), autocast(device, dtype):
             compiled(x, y)[1].backward()
         model.zero_grad(set_to_none=True)

@@ -25,7 +25,7 @@ from checkpoint import gpt2_tokenizer, holds_run, load_model, load_state, save_m
 from data import load_data, load_tokenizer, prompt_tokens, validation_loss
 from generate import generate
 from model import GPT, GPTConfig
-from plan import check_memory, maybe_compile, seconds_per_step, smaller_setting
+from plan import check_memory, maybe_compile, rows_at_once, seconds_per_step, smaller_setting
 from utils import (
     UserError,
     autocast,
@@ -204,17 +204,6 @@ def learning_rate(step, options):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # One step
-
-
-def rows_at_once(options, device):
-    """How many of a step's windows go through the model together; the rest follows, and the gradients add up.
-
-    On a GPU the batch_size that was asked for. On a CPU some 2,048 tokens: then what one operation writes is still in
-    the cache when the next one reads it, which is a third faster than the whole batch of the default model at once.
-    """
-    if device.type != "cpu":
-        return options.batch_size
-    return min(options.batch_size, max(1, 2048 // options.block_size))
 
 
 def training_step(model, optimizer, scaler, x, y, options, device, dtype):
