@@ -286,9 +286,10 @@ def validation_loss(model, tokens, batch_size, max_batches=None, device="cpu", p
         batches = [batches[i * len(batches) // max_batches] for i in range(max_batches)]
     was_training = model.training
     model.eval()
-    total, count = 0.0, 0
+    losses, count = [], 0
     for x, y in progress(batches):
         _, loss = model(x.to(device), y.to(device))
-        total, count = total + loss.double() * y.numel(), count + y.numel()
+        losses.append(loss.float() * y.numel())
+        count += y.numel()
     model.train(was_training)
-    return float(total) / count
+    return float(torch.stack(losses).cpu().double().sum()) / count  # on the CPU, as an Apple GPU has no float64

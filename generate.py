@@ -182,9 +182,10 @@ def beam_search(model, idx, max_new_tokens, num_beams, length_penalty=1.0, is_en
     if max_new_tokens == 0:
         return [Hypothesis(0.0, [])]
     reader, finished = Reader(model, use_cache), []
-    beams, log_probs = idx, torch.zeros(1, dtype=torch.float64, device=idx.device)  # (b, T + length), (b,)
+    dtype = torch.float32 if idx.device.type == "mps" else torch.float64  # an Apple GPU has no float64
+    beams, log_probs = idx, torch.zeros(1, dtype=dtype, device=idx.device)  # (b, T + length), (b,)
     for length in range(1, max_new_tokens + 1):
-        step = F.log_softmax(reader.next_logits(beams).double(), dim=-1)  # (b, V)
+        step = F.log_softmax(reader.next_logits(beams).to(dtype), dim=-1)  # (b, V)
         V = step.size(1)
         totals = (log_probs[:, None] + step).flatten()  # (b * V,)
         # At most num_beams of the candidates can end, so twice as many leave enough that go on.

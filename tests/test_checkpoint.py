@@ -478,6 +478,7 @@ def test_a_state_of_something_else_is_refused(tmp_path, content):
 def test_a_directory_holds_a_run_once_something_was_saved(model, tmp_path):
     assert not holds_run(str(tmp_path)) and not holds_run(str(tmp_path / "nowhere"))
     (tmp_path / "notes.txt").write_text("not ours")
+    (tmp_path / "metrics.jsonl").touch()  # of a run that failed before its first step
     assert not holds_run(str(tmp_path))
     save_model(str(tmp_path), model, CharTokenizer(LETTERS))
     assert holds_run(str(tmp_path))

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -203,9 +204,9 @@ def test_rows_are_float32_and_sum_to_one(settings, dtype):
 
 def chi_square(drawn, expected):
     """Pearson's statistic of counts against probabilities that are all above 0."""
-    n = drawn.sum()
-    assert (n * expected).min() >= 5, "too few draws for the statistic to mean anything"
-    return float(((drawn - n * expected) ** 2 / (n * expected)).sum())
+    expected = drawn.sum() * expected.detach()
+    assert expected.min() >= 5, "too few draws for the statistic to mean anything"
+    return ((drawn - expected) ** 2 / expected).sum().item()
 
 
 def test_samples_follow_the_distribution_of_the_model(make_model):
@@ -247,6 +248,14 @@ def test_tokens_come_one_by_one(make_model):
     for step in range(1, 4):
         assert next(stream).shape == (2,)
         assert len(calls) == step
+
+
+def test_no_gradients_are_kept(make_model):
+    model, modes = make_model(), []
+    model.register_forward_hook(lambda *_: modes.append(torch.is_grad_enabled()))
+    list(generate(model, tokens(1, 3), 2))
+    beam_search(model, tokens(1, 3), 2, num_beams=2)
+    assert modes == [False] * 4
 
 
 def test_between_tokens_the_callers_gradients_stay_on(make_model):
@@ -378,10 +387,36 @@ def test_a_search_in_which_everything_ends_at_once_returns(make_model):
     assert [len(h.tokens) for h in found] == [1] * 4
 
 
-def test_a_search_stops_when_nothing_better_can_come(make_model):
-    """With a penalty on length, a likely end at once cannot be beaten by anything longer."""
-    model = make_model(block_size=64)
-    calls = count_calls(model)
-    found = beam_search(model, tokens(1, 3), 50, num_beams=2, length_penalty=-1.0, is_end=lambda ids: ids[-1] in (2, 5))
-    print(calls, found)
-    assert len(calls) < 10
+class Table:
+    """A model whose next token depends on the last one alone: row i holds the probabilities after token i."""
+
+    def __init__(self, *rows):
+        self.config, self.log_probs, self.calls = SimpleNamespace(block_size=64), torch.tensor(rows).log(), 0
+
+    def __call__(self, idx, cache=None):
+        self.calls += 1
+        return self.log_probs[idx[:, -1:]], None
+
+    def search(self, start, n, num_beams, length_penalty):
+        """The continuations of token `start` that a search in which token 0 ends a text finds, best first."""
+        idx, is_end = torch.tensor([[start]]), lambda continuation: continuation[-1] == 0
+        found = beam_search(self, idx, n, num_beams, length_penalty, is_end, use_cache=False)
+        return [h.tokens for h in found]
+
+
+def test_a_search_stops_when_nothing_better_can_come():
+    model = Table(*[[0.5, 0.3, 0.2]] * 3)
+    assert model.search(1, 50, num_beams=2, length_penalty=0.0) == [[0], [1, 0]]
+    assert model.calls == 2, "the third best text so far, 1 1, has 0.09, and what follows can only lower it"
+
+
+def test_a_search_goes_on_while_a_longer_text_may_win():
+    """One that ends at once has log(0.7) / 1 = -0.36, token 1 for ever nearly log(0.3) / 8 = -0.15."""
+    model = Table([1 / 3, 1 / 3, 1 / 3], [0.01, 0.98, 0.01], [0.7, 0.3, 0.0])
+    assert model.search(2, 8, num_beams=1, length_penalty=1.0) == [[1] * 8]
+
+
+def test_a_search_goes_on_while_the_next_length_may_win():
+    """Where length is punished: [1, 0] has 2 log(0.9 * 0.4) = -2.0, [1, 2, 0] -2.1 and [0] log(0.09) = -2.4."""
+    model = Table([0.25] * 4, [0.4, 0.0, 0.55, 0.05], [0.99, 0.01, 0.0, 0.0], [0.09, 0.9, 0.0, 0.01])
+    assert model.search(3, 8, num_beams=2, length_penalty=-1.0) == [[1, 0], [1, 2, 0]]

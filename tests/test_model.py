@@ -90,6 +90,12 @@ def test_transformers_loads_what_we_save_and_gives_the_same_logits(make_model, t
     assert difference.abs().max() <= 1e-4
 
 
+def test_transformers_reads_the_dropout_that_we_save(make_model, tmp_path):
+    save_model(tmp_path, make_model(vocab_size=2, dropout=0.3), CharTokenizer("ab"))
+    config = GPT2LMHeadModel.from_pretrained(tmp_path).config
+    assert (config.embd_pdrop, config.attn_pdrop, config.resid_pdrop) == (0.3, 0.3, 0.3)
+
+
 @pytest.mark.parametrize("text", [TEXT, "", " ", "\n", "  said  .\n\n", '"Dry ," 東京\t🙂'])
 def test_auto_tokenizer_reads_our_tokenizer_and_returns_the_text_exactly(make_model, tmp_path, text):
     ours = CharTokenizer.from_text(TEXT)
