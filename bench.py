@@ -16,7 +16,6 @@ import platform
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from dataclasses import asdict, dataclass, replace
 from typing import Optional
@@ -25,7 +24,9 @@ import torch
 
 from generate import generate
 from model import GPT, GPTConfig
-from train import TrainOptions, read_metrics, training_step
+from optim import Learner
+from plan import matmul_peak
+from train import TrainOptions
 from utils import UserError, autocast, missing_extra, option, parse_options, pick_device, pick_dtype, run_command
 
 # The two settings that peers report on: the default model, and nanoGPT's for a computer without a GPU.
@@ -62,14 +63,10 @@ def training_work(system, setting, options):
     tokens = torch.randint(VOCAB_SIZE, (setting.batch_size, setting.block_size + 1), device=device)
     x, y = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
     if system == "ours":
-        from train import build_optimizer
-
-        dtype = pick_dtype(None, device)
-        model = GPT(model_config(setting)).to(device)
-        optimizer = build_optimizer(model, setting, device)
-        scaler = (getattr(torch.amp, "GradScaler", None) or torch.cuda.amp.GradScaler)(enabled=False)
-        fast = torch.compile(model) if device.type == "cuda" else model
-        return lambda: training_step(fast, optimizer, scaler, x, y, setting, device, dtype), x.numel()
+        learner = Learner(GPT(model_config(setting)).to(device), setting, device, pick_dtype(None, device))
+        if device.type == "cuda":
+            learner.compute = torch.compile(learner.worker)
+        return lambda: learner.step(x, y, 1.0), x.numel()
     model = peer_model(system, setting, options).to(device)
     settings = dict(lr=setting.learning_rate, betas=(0.9, 0.99), weight_decay=0.1)
     optimizer = torch.optim.AdamW(model.parameters(), fused=device.type == "cuda", **settings)
@@ -152,17 +149,6 @@ def peak_memory():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
 
 
-def matmul_peak(device, dtype, size=2048):
-    """The speed of a product of two size x size matrices, in FLOP/s: the best of ten."""
-    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
-    best = float("inf")
-    for _ in range(12):
-        start = time.perf_counter()
-        (a @ b)[0, 0].item()  # waits for the device
-        best = min(best, time.perf_counter() - start)
-    return 2 * size**3 / best
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # The table
 
@@ -240,7 +226,7 @@ def run_case(case, options):
     for name in ("nanogpt", "device"):
         if getattr(options, name) is not None:
             command += [f"--{name}", getattr(options, name)]
-    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, universal_newlines=True)
+    done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode != 0:
         raise UserError(f"measuring {case} failed: {(done.stderr.strip().splitlines() or ['?'])[-1]}")
     return json.loads(done.stdout.splitlines()[-1])

@@ -14,8 +14,8 @@ Every file is written beside its place, synced, and renamed over it, so that a c
 import json
 import os
 import pickle
-from dataclasses import asdict, fields
 import warnings
+from dataclasses import asdict, fields
 
 import torch
 from safetensors import SafetensorError

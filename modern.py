@@ -12,7 +12,7 @@ What changed, and why, with the papers. What each one buys, measured by leaving 
     soft-capped logits      no token can be called certain, so no step can be wildly wrong
     Muon                    updates of the matrices in which all directions count the same (build_optimizers)
 
-Shapes in the comments as in model.py: B sequences, T tokens, C channels, H heads of D channels, V tokens to choose from.
+Shapes in the comments as in model.py: B sequences, T tokens, C channels, H heads of D channels, V possible tokens.
 """
 
 import math
@@ -51,7 +51,7 @@ class ModernConfig:
 
 
 def norm(x):
-    """Each position's channels with mean 0 and variance 1, with nothing to learn (Groeneveld et al. 2024, OLMo, 3.1)."""
+    """Scale each position's channels to mean 0 and variance 1, nothing learned (Groeneveld et al. 2024, OLMo, 2.1)."""
     return F.layer_norm(x, x.shape[-1:])
 
 
@@ -145,7 +145,8 @@ class Modern(nn.Module):
                     p
                 )  # each layer begins as doing nothing, the first guess as undecided (Zhang et al. 2019)
             elif name.startswith("layers.") and p.dim() == 2:
-                nn.init.uniform_(p, -1.0, 1.0).mul_(0.5 * math.sqrt(3 / p.size(1)))  # standard deviation 0.5 / sqrt(C)
+                bound = 0.5 * math.sqrt(3 / p.size(1))  # a standard deviation of 0.5 / sqrt(C)
+                nn.init.uniform_(p, -bound, bound)
 
     def forward(self, idx, targets=None, cache=None):
         """As model.GPT.forward: idx and targets (B, T) int64 -> (logits (B, T, V) or (B, 1, V), loss or None)."""

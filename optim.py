@@ -8,8 +8,9 @@ from utils import UserError, autocast
 
 
 def build_optimizers(model, options, device):
-    """AdamW for everything (Loshchilov & Hutter 2019), or Muon for the matrices of a modern model and AdamW for the rest.
+    """A GPT's AdamW (Loshchilov & Hutter 2019), or a modern model's Muon for the matrices and AdamW for the rest.
 
+    Muon (Jordan et al. 2024) makes all singular values of a matrix's update equal, so that no direction is neglected.
     Weight decay is for matrices alone, not for biases, norms and other vectors.
     """
     adamw = dict(lr=options.learning_rate, betas=(options.beta1, options.beta2))
@@ -48,7 +49,7 @@ class Learner:
         self.compute = self.worker  # may be replaced by torch.compile(self.worker)
 
     def rows_at_once(self, T):
-        """How many of a step's windows of T tokens go through the model together; the rest follows, and gradients add up.
+        """How many of a step's windows of T tokens go through the model together; then the next, and gradients add up.
 
         On a GPU the batch_size that was asked for. On a CPU some 2,048 tokens: then what one operation writes is still
         in the cache when the next reads it, which makes the default model a third faster than its whole batch at once.

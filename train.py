@@ -32,7 +32,17 @@ from model import GPT, GPTConfig
 from modern import Modern, ModernConfig
 from optim import Learner
 from plan import check_memory, for_minutes, maybe_compile, seconds_per_token, smaller_setting
-from utils import STARTED, UserError, option, parse_options, pick_device, pick_dtype, run_command, seconds_in_words
+from utils import (
+    STARTED,
+    UserError,
+    autocast,
+    option,
+    parse_options,
+    pick_device,
+    pick_dtype,
+    run_command,
+    seconds_in_words,
+)
 
 METRICS = "metrics.jsonl"
 

@@ -35,7 +35,10 @@ import utils
 ROOT = Path(__file__).resolve().parent.parent
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "utf-8"}
 TINY = "--device cpu --dtype float32 --compile False --n_layer=1 --n_head 2 --n_embd 16 --block_size 16 --batch_size 8"
-TINY = [*TINY.split(), *"--eval_interval 50 --log_interval 5 --learning_rate 1e-2 --warmup_iters 10".split()]
+TINY = [
+    *TINY.split(),
+    *["--eval_interval", "50", "--log_interval", "5", "--learning_rate", "1e-2", "--warmup_iters", "10"],
+]
 STEPS = 300
 FILES = {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "state.pt"}
 FILES |= {"metrics.jsonl", "loss.png"}
@@ -400,7 +403,19 @@ def test_fresh_moves_nothing_where_the_new_run_is_refused(command, own, tmp_path
 # Starting from other weights
 
 
-NO_LEARNING = "--max_iters 1 --learning_rate 0 --batch_size 8 --dtype float32 --device cpu --no-compile".split()
+NO_LEARNING = [
+    "--max_iters",
+    "1",
+    "--learning_rate",
+    "0",
+    "--batch_size",
+    "8",
+    "--dtype",
+    "float32",
+    "--device",
+    "cpu",
+    "--no-compile",
+]
 
 
 def test_init_from_a_run_starts_with_its_weights(command, finished, own):
