@@ -413,7 +413,8 @@ def train(options, given):
         share = lr_share(run.step, progress, options)
         x, y = batches.batch(run.step, device)
         loss, norm = run.learner.step(x, y, share)
-        run.step, run.tokens, progress = run.step + 1, run.tokens + x.numel(), run.progress()
+        run.step, run.tokens = run.step + 1, run.tokens + x.numel()
+        progress = run.progress()
         bar.update(round(run.seconds) - bar.n if timed else 1)
 
         finished = progress == 1 or stop.number is not None
