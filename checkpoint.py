@@ -295,6 +295,6 @@ def load_state(directory):
         remedy = "start anew with --fresh" if holds_run(directory) else "start without --resume"
         raise UserError(f"--resume: {directory} holds no state.pt to resume from; {remedy}")
     state = _load_torch(path)
-    if not isinstance(state, dict) or not {"options", "counters", "model", "optimizer"} <= set(state):
+    if not isinstance(state, dict) or not {"options", "counters", "model", "optimizers"} <= set(state):
         raise UserError(f"{path}: is not the state of a run; start anew with --fresh")
     return state
