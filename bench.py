@@ -12,16 +12,21 @@ The peak is measured, not looked up: the fastest product of two large matrices i
 import importlib.util
 import json
 import os
+import pickle
 import platform
+import shutil
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Optional
 
 import torch
 
+from checkpoint import load_model
+from data import load_data, validation_loss
 from generate import generate
 from model import GPT, GPTConfig
 from optim import Learner
@@ -36,6 +41,7 @@ SETTINGS = {
         n_layer=4, n_head=4, n_embd=128, block_size=64, batch_size=12, dropout=0.0
     ),
 }
+HERE = os.path.dirname(os.path.abspath(__file__))
 VOCAB_SIZE = 65  # of Tiny Shakespeare's characters
 NEW_TOKENS = 250
 
@@ -51,6 +57,19 @@ class BenchOptions:
     json: Optional[str] = option(None, "file for all figures, as JSON")
     device: Optional[str] = option(None, "cpu, cuda, cuda:1 or mps (default: cuda if available)")
     case: Optional[str] = option(None, "measure this one case, SYSTEM|WORK|SETTING, and print JSON (used by bench.py)")
+
+
+@dataclass
+class QualityOptions:
+    """Every flag of `bench.py quality`: its type, its default and its line of help."""
+
+    data: str = option("input.txt", "text file to train on (UTF-8)")
+    minutes: str = option("0.15 0.25 1 3", "times to train for, in minutes, with a space between")
+    target: Optional[float] = option(None, "val loss to reach: the shortest of the times that does is named")
+    rounds: int = option(1, "runs of each time, with seeds 1, 2, ...", at_least=1)
+    flags: str = option("", "more flags for train.py, in one string")
+    nanogpt: Optional[str] = option(None, "directory of a nanoGPT clone: its CPU run is made beside ours")
+    json: Optional[str] = option(None, "file for all figures, as JSON")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -118,7 +137,7 @@ def peer_model(system, setting, options):
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
-    return module.GPT(module.GPTConfig(bias=False, **asdict(model_config(replace(setting))) | {"bias": False}))
+    return module.GPT(module.GPTConfig(**{**asdict(model_config(setting)), "bias": False}))
 
 
 def measure(case, options):
@@ -154,6 +173,8 @@ def peak_memory():
 
 
 def main(argv):
+    if argv[:1] == ["quality"]:
+        return quality(parse_options(QualityOptions, argv[1:], "Measure the loss reached in a given time.")[0])
     options, _ = parse_options(BenchOptions, argv, "Measure speed, ours and peers'.")
     if options.case is not None:
         print(json.dumps(measure(options.case, options)))
@@ -166,7 +187,11 @@ def speed(options):
     device = pick_device(options.device)
     dtype = pick_dtype(None, device)
     systems = ["ours", *peers(options)]
-    cases = [f"{s}|{work}|{name}" for name in SETTINGS for work in ("train", "generate") for s in systems]
+    works = {
+        name: ("train", "generate") if setting.block_size > NEW_TOKENS else ("train",)
+        for name, setting in SETTINGS.items()
+    }
+    cases = [f"{system}|{work}|{name}" for name in SETTINGS for work in works[name] for system in systems]
     peak = matmul_peak(device, dtype)
     print(f"{machine(device)}; matrix products {peak / 1e9:,.0f} GFLOP/s in {str(dtype)[6:]}")
     results = {case: [] for case in cases}
@@ -230,6 +255,85 @@ def run_case(case, options):
     if done.returncode != 0:
         raise UserError(f"measuring {case} failed: {(done.stderr.strip().splitlines() or ['?'])[-1]}")
     return json.loads(done.stdout.splitlines()[-1])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Quality: the loss reached in a given time, whole processes from start to exit
+
+
+def quality(options):
+    """Train for each time, and print the seconds that the process took and the loss over the whole val split."""
+    try:
+        times = [float(m) for m in options.minutes.split()]
+    except ValueError:
+        raise UserError(f"--minutes '{options.minutes}': wants numbers with a space between") from None
+    data, rows = load_data(options.data), []
+    print(f"{machine(torch.device('cpu'))}; {options.data}\n  {'':<24}{'seconds':>9}{'val loss':>10}{'bits/byte':>11}")
+    for seed in range(1, options.rounds + 1):
+        if options.nanogpt is not None:
+            rows.append(dict(system="nanoGPT, its CPU setting", seed=seed, **nanogpt_run(options.nanogpt, data, seed)))
+            print_quality(rows[-1], data)
+        for minutes in times:
+            rows.append(dict(system=f"--minutes {minutes:g}", seed=seed, **our_run(options, minutes, seed)))
+            print_quality(rows[-1], data)
+    reached = [row["seconds"] for row in rows if options.target is not None and row["val_loss"] <= options.target]
+    if options.target is not None:
+        print(f"val loss {options.target:g}: " + (f"reached in {min(reached):.1f} s" if reached else "not reached"))
+    if options.json:
+        content = dict(date=time.strftime("%Y-%m-%d"), machine=machine(torch.device("cpu")), rows=rows)
+        with open(options.json, "w", encoding="utf-8") as f:
+            json.dump(content, f, indent=1)
+    return 0
+
+
+def print_quality(row, data):
+    bits = data.bits_per_byte(row["val_loss"])
+    print(f"  {row['system']:<24}{row['seconds']:>9.1f}{row['val_loss']:>10.4f}{bits:>11.3f}", flush=True)
+
+
+def our_run(options, minutes, seed):
+    """Train for that many minutes in a process. Returns its seconds and the val loss of the weights it leaves."""
+    with tempfile.TemporaryDirectory() as folder:
+        out = os.path.join(folder, "out")
+        command = [sys.executable, os.path.join(HERE, "train.py"), "--data", options.data, "--out_dir", out]
+        seconds = timed([*command, "--minutes", str(minutes), "--seed", str(seed), *options.flags.split()])
+        return dict(seconds=seconds, val_loss=whole_val_loss(out, options.data))
+
+
+def nanogpt_run(clone, data, seed):
+    """nanoGPT's README run for a computer without a GPU, on our text: its seconds and the val loss of its weights."""
+    with tempfile.TemporaryDirectory() as folder:
+        copy = os.path.join(folder, "nanogpt")
+        shutil.copytree(clone, copy, ignore=shutil.ignore_patterns(".git"))
+        text_folder = os.path.join(copy, "data", "ours")
+        os.makedirs(text_folder)
+        for name, tokens in (("train", data.train), ("val", data.val)):  # what its prepare.py writes
+            tokens.numpy().astype("uint16").tofile(os.path.join(text_folder, f"{name}.bin"))
+        with open(os.path.join(text_folder, "meta.pkl"), "wb") as f:
+            pickle.dump(dict(vocab_size=data.tokenizer.vocab_size), f)
+        flags = (
+            "--device=cpu --compile=False --eval_iters=20 --log_interval=1 --block_size=64 --batch_size=12 --n_layer=4"
+        )
+        flags += " --n_head=4 --n_embd=128 --max_iters=2000 --lr_decay_iters=2000 --dropout=0.0 --dataset=ours"
+        command = [sys.executable, "train.py", "config/train_shakespeare_char.py", *flags.split()]
+        seconds = timed(command, cwd=copy)
+        model, _ = load_model(os.path.join(copy, "out-shakespeare-char", "ckpt.pt"))
+        return dict(seconds=seconds, val_loss=validation_loss(model, data.val, 64))
+
+
+def timed(command, cwd=None):
+    """Run a command; returns its seconds from start to exit. Raises UserError with its last line where it fails."""
+    start = time.perf_counter()
+    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True)
+    if done.returncode != 0:
+        raise UserError(f"{' '.join(command)} failed: {(done.stderr.strip().splitlines() or ['?'])[-1]}")
+    return time.perf_counter() - start
+
+
+def whole_val_loss(directory, path):
+    """The loss of a trained model over the whole val split of a text, in float32."""
+    model, tokenizer = load_model(directory)
+    return validation_loss(model, load_data(path, tokenizer).val, 64)
 
 
 def machine(device):

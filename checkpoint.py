@@ -157,8 +157,11 @@ def load_model(path_or_name, block_size=None, dropout=None):
         raise UserError(
             f"{path_or_name}: its tokenizer has {tokenizer.vocab_size} tokens, its model only {config.vocab_size}"
         )
-    weights["lm_head.weight"] = weights.get("transformer.wte.weight")
-    model = GPT(config)
+    if isinstance(config, ModernConfig):
+        model = Modern(config)
+    else:
+        weights["lm_head.weight"] = weights.get("transformer.wte.weight")
+        model = GPT(config)
     try:
         model.load_state_dict(weights)
     except RuntimeError as error:

@@ -39,8 +39,8 @@ class ModernConfig:
 
     def __post_init__(self):
         for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} {getattr(self, name)}: must be at least 1")
+            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
+                raise ValueError(f"{name} {getattr(self, name)}: must be a whole number of at least 1")
         if self.n_embd % (2 * self.n_head) != 0:
             raise ValueError(
                 f"n_embd {self.n_embd} is not divisible by 2 x n_head {self.n_head}: rotary positions turn each head's "
@@ -58,8 +58,8 @@ def norm(x):
 def rotary_table(block_size, D):
     """cos and signed sin of each position's angles, two (block_size, D) tensors (Su et al. 2021, RoFormer, 3.2).
 
-    Channel i and i + D/2 are the two coordinates of a point that position t turns by t * 1000^(-2i/D). The dot product
-    of a query and a key then depends on how far apart they are, not on where they stand.
+    Channel i and i + D/2 are the two coordinates of a point that position t turns by t * 1000^(-i / (D/2 - 1)). The dot
+    product of a query and a key then depends on how far apart they are, not on where they stand.
     """
     speeds = 1000.0 ** -torch.linspace(0, 1, D // 2)  # from one radian a token to a thousandth
     angles = torch.arange(block_size)[:, None] * speeds  # (block_size, D / 2)
@@ -89,7 +89,7 @@ class CausalSelfAttention(nn.Module):
         q, k, v = (
             F.linear(x, weight).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)
         )  # (B, H, T, D)
-        q, k = rotate(norm(q).to(v.dtype), cos, sin), rotate(norm(k).to(v.dtype), cos, sin)
+        q, k = (rotate(norm(t), cos, sin).to(v.dtype) for t in (q, k))  # autocast norms in float32
         if cache is not None:
             k, v = cache.append(k, v)  # (B, H, S, D)
         y = attention(q, k, v, self.dropout if self.training else 0.0)

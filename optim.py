@@ -82,8 +82,10 @@ class Learner:
             for group, lr in zip(optimizer.param_groups, highest):
                 group["lr"] = lr * lr_share
         norm = torch.nn.utils.clip_grad_norm_(self.weights, self.options.grad_clip or float("inf"))
+        overflow = self.scaler.is_enabled() and not norm.isfinite()  # then none may step: clipping spread it to all
         for optimizer in self.optimizers:
-            self.scaler.step(optimizer)
+            if not overflow:
+                self.scaler.step(optimizer)
             optimizer.zero_grad(set_to_none=True)
         self.scaler.update()
         if self.copied:
