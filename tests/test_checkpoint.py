@@ -260,7 +260,7 @@ class Trap:
 PICKLES = {  # a trap where a reader of each kind of file would step into it
     "pytorch_model.bin": lambda model, trap: {**hugging_face_weights(model), "trap": trap},
     "ckpt.pt": lambda model, trap: nanogpt(model, config=trap),
-    "state.pt": lambda model, trap: dict(options=trap, counters={}, model={}, optimizer={}),
+    "state.pt": lambda model, trap: dict(options=trap, counters={}, model={}, optimizers={}),
 }
 
 
@@ -329,7 +329,7 @@ def test_a_path_that_is_neither_there_nor_a_name_is_refused(tmp_path):
 @pytest.mark.parametrize(
     "changes, words",
     [
-        (dict(model_type="llama"), "is a model of type 'llama'; only 'gpt2' can be loaded"),
+        (dict(model_type="llama"), "is a model of type 'llama'; only 'gpt2' and our own can be loaded"),
         (dict(model_type=...), "is a model of type None"),
         (dict(activation_function="relu"), "has activation_function = 'relu'"),
         (dict(n_inner=65), "has n_inner = 65"),
@@ -427,7 +427,7 @@ def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(saved):
 # The state of a run
 
 
-STATE = dict(options={"seed": 1}, counters={"step": 3, "best": 1.5}, model={"a": torch.ones(2)}, optimizer={"lr": None})
+STATE = dict(options={"seed": 1}, counters={"step": 3, "best": 1.5}, model={"a": torch.ones(2)}, optimizers={"lr": None})
 
 
 def test_a_state_comes_back(tmp_path):
