@@ -3,6 +3,7 @@
     python bench.py                                    # training and generation speed, memory, share of the peak
     python bench.py --peers --nanogpt ../nanoGPT       # the same beside Hugging Face transformers and a nanoGPT clone
     python bench.py quality --data mytext.txt          # the loss reached in a given time, whole processes
+    python bench.py ideas                              # what each idea of modern.py buys, by leaving it out
 
 Each figure is measured in a process of its own, so that memory is its own too. The systems take turns, round after
 round, because a machine's speed drifts; what is shown is the median, and the spread between the lowest and the highest.
@@ -20,11 +21,16 @@ import subprocess
 import sys
 import tempfile
 import time
+import types
 from dataclasses import asdict, dataclass
 from typing import Optional
 
 import torch
+import torch.nn.functional as F
 
+import modern
+import optim
+import train
 from checkpoint import load_model
 from data import load_data, validation_loss
 from generate import generate
@@ -70,6 +76,18 @@ class QualityOptions:
     flags: str = option("", "more flags for train.py, in one string")
     nanogpt: Optional[str] = option(None, "directory of a nanoGPT clone: its CPU run is made beside ours")
     json: Optional[str] = option(None, "file for all figures, as JSON")
+
+
+@dataclass
+class IdeasOptions:
+    """Every flag of `bench.py ideas`: its type, its default and its line of help."""
+
+    data: str = option("input.txt", "text file to train on (UTF-8)")
+    minutes: float = option(0.5, "time for each run", above=0)
+    rounds: int = option(3, "runs of each, with seeds 1, 2, ...", at_least=1)
+    without: Optional[str] = option(None, "make one run without this idea (used by bench.py)")
+    out_dir: str = option("out-ideas", "directory of that one run")
+    seed: int = option(1, "seed of that one run", at_least=0)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -175,6 +193,8 @@ def peak_memory():
 def main(argv):
     if argv[:1] == ["quality"]:
         return quality(parse_options(QualityOptions, argv[1:], "Measure the loss reached in a given time.")[0])
+    if argv[:1] == ["ideas"]:
+        return ideas(parse_options(IdeasOptions, argv[1:], "Measure what each idea of modern.py buys.")[0])
     options, _ = parse_options(BenchOptions, argv, "Measure speed, ours and peers'.")
     if options.case is not None:
         print(json.dumps(measure(options.case, options)))
@@ -334,6 +354,93 @@ def whole_val_loss(directory, path):
     """The loss of a trained model over the whole val split of a text, in float32."""
     model, tokenizer = load_model(directory)
     return validation_loss(model, load_data(path, tokenizer).val, 64)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Ideas: what each one in modern.py buys
+
+
+def rewired(function, **names):
+    """The same function, in which some global names mean something else."""
+    return types.FunctionType(
+        function.__code__, {**function.__globals__, **names}, function.__name__, function.__defaults__
+    )
+
+
+def without_rotary():
+    modern.CausalSelfAttention.forward = rewired(modern.CausalSelfAttention.forward, rotate=lambda x, cos, sin: x)
+
+
+def without_query_key_norm():
+    modern.CausalSelfAttention.forward = rewired(modern.CausalSelfAttention.forward, norm=lambda x: x)
+
+
+def without_token_shift():
+    def forward(self, x, cos, sin, cache=None):
+        x = x + self.attn(modern.norm(x) + 0 * self.shift, cos, sin, cache)
+        return x + self.mlp(modern.norm(x))
+
+    modern.Block.forward = forward
+
+
+def without_relu_squared():
+    def forward(self, x):
+        return self.dropout(self.c_proj(F.gelu(self.c_fc(x), approximate="tanh")))
+
+    modern.MLP.forward = forward
+
+
+def without_zero_init():
+    torch.nn.init.zeros_ = lambda p: torch.nn.init.normal_(p, std=0.02)
+
+
+def without_soft_cap():
+    cap_free = types.SimpleNamespace(tanh=lambda x: x)
+    modern.Modern.forward = rewired(modern.Modern.forward, torch=cap_free)
+
+
+def without_muon():
+    def build_optimizers(model, options, device):
+        return [torch.optim.AdamW(model.parameters(), lr=2e-3, betas=(0.9, 0.99), weight_decay=0.1, fused=True)]
+
+    optim.build_optimizers = build_optimizers
+
+
+IDEAS = {
+    "rotary positions": without_rotary,
+    "query-key norm": without_query_key_norm,
+    "token shift": without_token_shift,
+    "ReLU squared (GELU instead)": without_relu_squared,
+    "zero projections and head": without_zero_init,
+    "soft-capped logits": without_soft_cap,
+    "Muon (AdamW instead)": without_muon,
+}
+
+
+def ideas(options):
+    """Train with all ideas and without each one, in turns, and print the val losses."""
+    if options.without is not None:
+        if options.without in IDEAS:
+            IDEAS[options.without]()
+        flags = ["--data", options.data, "--minutes", str(options.minutes), "--seed", str(options.seed)]
+        arch = "gpt" if options.without == "all of them" else "modern"
+        return train.main([*flags, "--out_dir", options.out_dir, "--arch", arch])
+    losses = {name: [] for name in ["nothing", *IDEAS, "all of them"]}
+    for seed in range(1, options.rounds + 1):
+        for name in losses:
+            with tempfile.TemporaryDirectory() as folder:
+                out = os.path.join(folder, "out")
+                flags = ["--data", options.data, "--minutes", str(options.minutes), "--seed", str(seed)]
+                timed([sys.executable, __file__, "ideas", "--without", name, "--out_dir", out, *flags])
+                lines = train.read_metrics(os.path.join(out, train.METRICS))
+                losses[name].append(min(line["val_loss"] for line in lines if "val_loss" in line))
+            print(f"seed {seed}, without {name}: {losses[name][-1]:.4f}", file=sys.stderr)
+    print(f"{machine(torch.device('cpu'))}; {options.data}, {options.minutes:g} minutes each, {options.rounds} seeds")
+    whole = statistics.mean(losses["nothing"])
+    for name, values in losses.items():
+        mean, spread = statistics.mean(values), max(values) - min(values)
+        print(f"  without {name:<30}{mean:>8.4f}  (spread {spread:.4f}){mean - whole:>+9.4f}")
+    return 0
 
 
 def machine(device):

@@ -63,8 +63,8 @@ def read_prompt(options):
         return options.prompt or ""
     try:
         if options.prompt_file == "-":
-            return sys.stdin.buffer.read().decode("utf-8")
-        with open(options.prompt_file, encoding="utf-8", newline="") as f:
+            return sys.stdin.buffer.read().decode("utf-8-sig")
+        with open(options.prompt_file, encoding="utf-8-sig", newline="") as f:
             return f.read()
     except OSError as error:
         raise UserError(f"--prompt_file {options.prompt_file}: cannot be read ({error.strerror})") from None

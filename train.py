@@ -151,20 +151,6 @@ def make_directory(options):
         raise UserError(f"--out_dir {out}: cannot be written ({error.strerror}); name another directory") from None
 
 
-def resumed_options(options, given):
-    """The settings a run began with, but for those that may change. Returns (options, state)."""
-    state = load_state(options.out_dir)
-    for name in sorted(given - MAY_CHANGE):
-        old, new = state["options"][name], getattr(options, name)
-        if new != old:
-            raise UserError(
-                f"--{name} {new}: this run began with {old}, and changing it would make it another run; "
-                f"leave the flag out, or start anew in another --out_dir"
-            )
-    changed = {name: getattr(options, name) for name in given & MAY_CHANGE}
-    return TrainOptions(**{**state["options"], **changed}), state
-
-
 def choose_settings(options, given, data, device, dtype):
     """Fill in what was not given: a modern model's defaults and, with --minutes, the sizes that suit the time."""
     chosen = {}
@@ -192,12 +178,13 @@ def build_model(options, vocab_size):
     sizes = {name: getattr(options, name) for name in ("block_size", "n_layer", "n_head", "n_embd", "dropout")}
     try:
         if options.arch == "modern":
-            return Modern(ModernConfig(vocab_size=vocab_size, **sizes))
-        config = GPTConfig(vocab_size=vocab_size, bias=options.bias, **sizes)
-        check_memory(options, vocab_size)
-        return GPT(config)
+            config = ModernConfig(vocab_size=vocab_size, **sizes)
+        else:
+            config = GPTConfig(vocab_size=vocab_size, bias=options.bias, **sizes)
     except ValueError as error:
         raise UserError(f"--{error}") from None
+    check_memory(options, vocab_size)
+    return Modern(config) if options.arch == "modern" else GPT(config)
 
 
 def begin(options, given, device, dtype):

@@ -29,6 +29,8 @@ class UserError(Exception):
 def run_command(main):
     """Run `main(argv)` as a program: a UserError becomes one line on stderr and exit status 2, Ctrl-C status 130."""
     program = os.path.basename(sys.argv[0])
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")  # a ? for a character that the terminal's encoding lacks
     try:
         status = main(sys.argv[1:])
     except UserError as error:

@@ -1,6 +1,6 @@
-"""train.py and plan.py: what the flags are, how the learning rate moves, one step, and whole runs in this process.
+"""train.py and plan.py: what the flags are, how the learning rate moves, and whole runs in this process.
 
-The commands as a person runs them are in test_cli.py.
+One step is in test_optim.py, the commands as a person runs them in test_cli.py.
 """
 
 import copy
@@ -9,6 +9,7 @@ import math
 import os
 import shutil
 import signal
+import time
 from dataclasses import fields
 from pathlib import Path
 
@@ -18,47 +19,19 @@ import torch
 import plan
 import train
 from data import CharTokenizer, load_data
+from optim import Learner
 from utils import UserError, parse_options
 
 CPU = torch.device("cpu")
 TINY = dict(n_layer=1, n_head=2, n_embd=16, block_size=8, batch_size=4, max_iters=20, compile=False, device="cpu")
 TINY.update(dtype="float32", eval_interval=10, log_interval=1, learning_rate=1e-2, warmup_iters=0)
+needs_muon = pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="a modern model needs PyTorch 2.9's Muon")
+ARCHS = ["gpt", pytest.param("modern", marks=needs_muon)]
 TEXT = "the quick brown fox jumps over the lazy dog, and the dog sleeps on.\n" * 20
 
 
 def make_options(**changes):
     return train.TrainOptions(**{**TINY, **changes})
-
-
-def make_batch(options, steps=1, vocab_size=11, seed=0):
-    rows = options.batch_size * options.gradient_accumulation_steps
-    tokens = torch.randint(
-        vocab_size, (steps, rows, options.block_size + 1), generator=torch.Generator().manual_seed(seed)
-    )
-    return [(t[:, :-1].contiguous(), t[:, 1:].contiguous()) for t in tokens]
-
-
-def no_scaler():
-    return torch.amp.GradScaler("cpu", enabled=False)
-
-
-def take_steps(model, options, batches, scaler=None):
-    """The losses of training_step over the batches; the model is changed."""
-    optimizer = train.build_optimizer(model, options, CPU)
-    scaler = scaler or no_scaler()
-    return [
-        train.training_step(model, optimizer, scaler, x, y, options, CPU, torch.float32)[0].item() for x, y in batches
-    ]
-
-
-def assert_same_weights(model, other, atol):
-    """All weights but the biases of the keys: the loss does not depend on these (softmax ignores what all scores have
-    in common), so that their gradient is rounding error alone, which Adam scales up to a full step."""
-    C = model.config.n_embd
-    for (name, p), q in zip(model.named_parameters(), other.parameters()):
-        if name.endswith("c_attn.bias"):
-            p, q = (torch.cat([b[:C], b[2 * C :]]) for b in (p, q))
-        torch.testing.assert_close(p, q, atol=atol, rtol=0)
 
 
 @pytest.fixture
@@ -68,9 +41,10 @@ def run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "text.txt").write_text(TEXT, encoding="utf-8")
 
-    def go(out_dir, given=(), **changes):
+    def go(out_dir, not_given=(), **changes):
         options = make_options(data="text.txt", out_dir=out_dir, **changes)
-        status = train.train(options, {"data", "out_dir", *given})
+        monkeypatch.setattr(train, "STARTED", time.perf_counter())
+        status = train.train(options, {"data", "out_dir", *TINY, *changes} - set(not_given))
         return status, train.read_metrics(os.path.join(out_dir, "metrics.jsonl"))
 
     yield go
@@ -112,117 +86,39 @@ def test_what_may_change_on_resume_are_flags_and_none_that_shapes_the_model_or_i
 # The learning rate
 
 
-def test_the_learning_rate_climbs_in_equal_steps_and_falls_along_half_a_cosine():
-    options = make_options(learning_rate=1.0, min_lr=0.2, warmup_iters=4, max_iters=104)
-    rates = [train.learning_rate(step, options) for step in range(105)]
-    assert rates[:5] == [0.25, 0.5, 0.75, 1.0, 1.0]
-    assert rates[4 + 50] == pytest.approx(0.6) and rates[104] == pytest.approx(0.2)
-    assert rates[4 + 25] == pytest.approx(0.2 + 0.4 * (1 + math.cos(math.pi / 4)))
-    assert all(a > b for a, b in zip(rates[4:], rates[5:]))
+def shares(options):
+    return [train.lr_share(step, step / options.max_iters, options) for step in range(options.max_iters + 1)]
+
+
+def test_the_learning_rate_falls_along_half_a_cosine_to_min_lr():
+    found = shares(make_options(learning_rate=1.0, min_lr=0.2, warmup_iters=0, max_iters=100))
+    assert (found[0], found[50], found[100]) == pytest.approx((1.0, 0.6, 0.2))
+    assert found[25] == pytest.approx(0.2 + 0.4 * (1 + math.cos(math.pi / 4)))
+    assert all(a > b for a, b in zip(found, found[1:]))
+
+
+def test_the_learning_rate_climbs_in_equal_steps_at_the_start():
+    options = make_options(warmup_iters=4, max_iters=100_000)
+    assert [train.lr_share(step, 0.0, options) for step in range(6)] == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
+
+
+def test_with_minutes_the_learning_rate_falls_in_a_line():
+    options = make_options(learning_rate=1.0, min_lr=0.0, warmup_iters=0, minutes=1.0)
+    assert [train.lr_share(9, progress, options) for progress in (0, 0.25, 0.75, 1)] == [1, 0.75, 0.25, 0]
 
 
 def test_the_learning_rate_ends_at_a_tenth_unless_told_otherwise():
-    assert train.learning_rate(20, make_options(learning_rate=0.5)) == pytest.approx(0.05)
-    assert train.learning_rate(20, make_options(learning_rate=0.5, min_lr=0.0)) == pytest.approx(0.0)
-    assert train.learning_rate(20, make_options(learning_rate=0.5, min_lr=0.5)) == 0.5
+    for settings, end in ((dict(), 0.1), (dict(min_lr=0.0), 0.0), (dict(min_lr=0.5), 1.0)):
+        assert train.lr_share(20, 1.0, make_options(learning_rate=0.5, **settings)) == pytest.approx(end)
 
 
 @pytest.mark.parametrize("warmup, length", [(0, 1), (0, 20), (20, 20), (100, 20), (1, 1)])
-def test_the_learning_rate_is_a_number_between_0_and_its_highest_in_every_run(warmup, length):
-    options = make_options(learning_rate=0.5, warmup_iters=warmup, max_iters=length)
-    assert all(0 < train.learning_rate(step, options) <= 0.5 for step in range(length + 1))
+def test_the_learning_rate_is_above_0_and_at_most_its_highest_in_every_step(warmup, length):
+    assert all(0 < share <= 1 for share in shares(make_options(warmup_iters=warmup, max_iters=length)))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The optimizer and one step
-
-
-def test_every_weight_is_trained_once_and_only_the_matrices_decay(make_model):
-    model = make_model()
-    optimizer = train.build_optimizer(model, make_options(weight_decay=0.3, beta1=0.8, beta2=0.95), CPU)
-    groups = {g["weight_decay"]: g["params"] for g in optimizer.param_groups}
-    assert sorted(id(p) for ps in groups.values() for p in ps) == sorted(id(p) for p in model.parameters())
-    assert all(p.dim() == 2 for p in groups[0.3]) and all(p.dim() == 1 for p in groups[0.0])
-    assert all(g["betas"] == (0.8, 0.95) for g in optimizer.param_groups)
-
-
-def test_a_step_is_what_plain_pytorch_does(make_model):
-    options = make_options(learning_rate=1e-2, weight_decay=0.1, grad_clip=0.5)
-    ours, plain = make_model().train(), make_model().train()
-    batches = make_batch(options, steps=3)
-    found = take_steps(ours, options, batches)
-
-    optimizer = torch.optim.AdamW(
-        [
-            dict(params=[p for p in plain.parameters() if p.dim() == 2], weight_decay=0.1),
-            dict(params=[p for p in plain.parameters() if p.dim() == 1], weight_decay=0.0),
-        ],
-        lr=1e-2,
-        betas=(options.beta1, options.beta2),
-    )
-    expected = []
-    for x, y in batches:
-        _, loss = plain(x, y)
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(plain.parameters(), 0.5)
-        optimizer.step()
-        expected.append(loss.item())
-    assert found == pytest.approx(expected, abs=1e-6)
-    assert_same_weights(ours, plain, atol=1e-6)
-
-
-@pytest.mark.parametrize("batch_size, steps", [(16, 4), (1, 64), (32, 2)])
-def test_accumulated_gradients_give_the_losses_and_weights_of_the_whole_batch_at_once(make_model, batch_size, steps):
-    whole_options = make_options(batch_size=64)
-    part_options = make_options(batch_size=batch_size, gradient_accumulation_steps=steps)
-    batches = make_batch(whole_options, steps=4)
-    whole, part = make_model().train(), make_model().train()
-    expected = take_steps(whole, whole_options, batches)
-    assert take_steps(part, part_options, batches) == pytest.approx(expected, abs=2e-6)
-    assert_same_weights(part, whole, atol=2e-5)
-
-
-def test_the_loss_of_a_step_is_the_mean_over_all_its_windows(make_model):
-    model, options = make_model().train(), make_options(batch_size=3, gradient_accumulation_steps=2)
-    ((x, y),) = make_batch(options)
-    expected = model(x, y)[1].item()
-    assert take_steps(model, options, [(x, y)]) == pytest.approx([expected], abs=1e-6)
-
-
-@pytest.mark.parametrize("grad_clip", [0.0, 1e-3])
-def test_the_norm_is_that_before_clipping_and_0_switches_clipping_off(make_model, grad_clip):
-    model, options = make_model().train(), make_options(grad_clip=grad_clip, batch_size=4)
-    ((x, y),) = make_batch(options)
-    model(x, y)[1].backward()
-    true_norm = torch.stack([p.grad.norm() for p in model.parameters()]).norm().item()
-    model.zero_grad()
-    optimizer, used = torch.optim.SGD(model.parameters(), lr=1.0), []
-    before = [p.detach().clone() for p in model.parameters()]
-    _, norm = train.training_step(model, optimizer, no_scaler(), x, y, options, CPU, torch.float32)
-    used = torch.stack([(p.detach() - q).norm() for p, q in zip(model.parameters(), before)]).norm().item()
-    assert norm.item() == pytest.approx(true_norm, rel=1e-4)
-    assert used == pytest.approx(grad_clip or true_norm, rel=1e-2)
-
-
-def test_no_gradient_is_left_over_for_the_next_step(make_model):
-    model, options = make_model().train(), make_options()
-    take_steps(model, options, make_batch(options))
-    assert all(p.grad is None for p in model.parameters())
-
-
-def test_the_gradient_scaler_of_float16_changes_no_step_and_skips_one_that_overflows(make_model):
-    options = make_options()
-    batches = make_batch(options, steps=3)
-    plain, scaled = make_model().train(), make_model().train()
-    expected = take_steps(plain, options, batches)
-    assert take_steps(scaled, options, batches, torch.amp.GradScaler("cpu")) == pytest.approx(expected, abs=1e-6)
-    assert_same_weights(plain, scaled, atol=1e-5)
-
-    before = copy.deepcopy(scaled.state_dict())
-    scaler = torch.amp.GradScaler("cpu", init_scale=float("inf"))
-    take_steps(scaled, options, batches[:1], scaler)
-    assert all(torch.equal(before[name], p) for name, p in scaled.state_dict().items())
+def test_a_learning_rate_of_0_is_no_division_by_0():
+    assert train.lr_share(5, 0.5, make_options(learning_rate=0.0, min_lr=0.0)) >= 0
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -241,17 +137,43 @@ def test_the_same_seed_gives_the_same_run_and_another_seed_another_one(run):
     assert first == again and first != other
 
 
-def test_gradient_checkpointing_gives_the_losses_of_the_plain_run(run):
-    plain, saving = run("plain")[1], run("saving", gradient_checkpointing=True)[1]
+@pytest.mark.parametrize("arch", ARCHS)
+def test_gradient_checkpointing_gives_the_losses_of_the_plain_run(run, arch):
+    plain, saving = run("plain", arch=arch)[1], run("saving", arch=arch, gradient_checkpointing=True)[1]
     assert losses(saving) == losses(plain) and losses(saving, "val_loss") == losses(plain, "val_loss")
 
 
-def test_gradient_accumulation_gives_the_losses_of_the_run_with_the_large_batch(run):
-    large = run("large", dropout=0.0, batch_size=64, max_iters=10)[1]
-    small = run("small", dropout=0.0, batch_size=16, gradient_accumulation_steps=4, max_iters=10)[1]
+@pytest.mark.parametrize("arch", ARCHS)
+def test_gradient_accumulation_gives_the_losses_of_the_run_with_the_large_batch(run, arch):
+    same = dict(arch=arch, dropout=0.0, max_iters=10)
+    large = run("large", batch_size=64, **same)[1]
+    small = run("small", batch_size=16, gradient_accumulation_steps=4, **same)[1]
     assert losses(small) == pytest.approx(losses(large), abs=1e-5)
     assert losses(small, "val_loss") == pytest.approx(losses(large, "val_loss"), abs=1e-5)
     assert small[-1]["tokens"] == large[-1]["tokens"] == 10 * 64 * 8
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_run_stopped_and_resumed_has_the_losses_and_weights_of_the_unbroken_one(run, monkeypatch, arch, dtype):
+    settings = dict(arch=arch, dtype=dtype, gradient_accumulation_steps=2)
+    unbroken = run("unbroken", **settings)[1]
+    step, seen = Learner.step, []
+
+    def interrupted(*args):
+        seen.append(1)
+        if len(seen) == 7:
+            signal.raise_signal(signal.SIGINT)
+        return step(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Learner, "step", interrupted)
+        assert run("broken", **settings)[0] == 130
+    assert len(seen) == 7
+    assert run("broken", **settings, resume=True)[0] == 0
+    broken = train.read_metrics("broken/metrics.jsonl")
+    assert [(m["step"], losses([m])) for m in broken] == [(m["step"], losses([m])) for m in unbroken]
+    assert Path("broken/model.safetensors").read_bytes() == Path("unbroken/model.safetensors").read_bytes()
 
 
 def test_reports_do_not_change_what_is_learned(run, capsys):
@@ -291,7 +213,7 @@ def test_weights_that_give_no_number_are_neither_kept_nor_logged(run, make_model
 def test_compile_gives_the_losses_of_the_plain_run(run, capsys):
     plain = run("plain", dropout=0.0, max_iters=6)[1]
     capsys.readouterr()
-    compiled = run("compiled", given=["compile"], dropout=0.0, max_iters=6, compile=True)[1]
+    compiled = run("compiled", dropout=0.0, max_iters=6, compile=True)[1]
     said = capsys.readouterr().out
     assert "compile: yes" in said and "no working compiler" not in said
     assert losses(compiled) == pytest.approx(losses(plain), abs=1e-5)
@@ -327,19 +249,21 @@ def test_a_sample_leaves_the_model_in_training_mode_and_the_dice_alone(make_mode
 # plan.py: how long it takes, and what pays
 
 
-def test_timing_a_step_leaves_no_trace(make_model, tmp_path):
-    (tmp_path / "text.txt").write_text(TEXT)
-    model, options = make_model(vocab_size=40, dropout=0.2).train(), make_options()
-    batches = load_data(str(tmp_path / "text.txt")).batches(4, 8, seed=0)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_timing_a_step_leaves_no_trace(make_model, dtype):
+    model, options = make_model(dropout=0.2).train(), make_options()
+    x, y = torch.randint(11, (2, 4, 8))
     dice, weights = torch.get_rng_state(), copy.deepcopy(model.state_dict())
-    assert plan.seconds_per_step(model, batches, options, CPU, torch.float32) > 0
+    learner = Learner(model, options, CPU, dtype)
+    assert plan.seconds_per_token(learner, x, y) > 0
+    assert all(p.grad is None for p in learner.worker.parameters())
     assert torch.equal(torch.get_rng_state(), dice)
     assert all(p.grad is None for p in model.parameters())
     assert all(torch.equal(weights[name], p) for name, p in model.state_dict().items())
 
 
 def test_a_run_of_more_than_an_hour_says_so_up_front_and_names_a_smaller_one_that_train_takes(run, capsys, monkeypatch):
-    monkeypatch.setattr(train, "seconds_per_step", lambda *_: 3000.0)
+    monkeypatch.setattr(train, "seconds_per_token", lambda *_: 6000 / (2 * 4 * 8))
     run("slow", n_layer=6, n_embd=96, n_head=6, max_iters=2)
     out = capsys.readouterr().out.splitlines()
     announced = next(i for i, line in enumerate(out) if "about 1.7 hours" in line)
@@ -348,7 +272,7 @@ def test_a_run_of_more_than_an_hour_says_so_up_front_and_names_a_smaller_one_tha
     smaller, _ = parse_options(train.TrainOptions, flags, "")
     assert smaller.n_embd < 384 and smaller.n_embd % smaller.n_head == 0
 
-    monkeypatch.setattr(train, "seconds_per_step", lambda *_: 1.0)
+    monkeypatch.setattr(train, "seconds_per_token", lambda *_: 0.01)
     run("fast", max_iters=2)
     assert "hours" not in capsys.readouterr().out
 
@@ -358,14 +282,54 @@ def test_the_smaller_setting_is_less_work_than_the_default():
     assert 0 < share < 0.05
 
 
-def test_compile_is_left_out_where_it_would_not_pay_and_where_it_is_switched_off(make_model, capsys, monkeypatch):
+def test_compile_is_left_out_where_it_would_not_pay_and_where_it_is_switched_off(run, capsys, monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda model: pytest.fail("compiled"))
-    model = make_model()
-    arguments = set(), CPU, torch.float32
-    assert plan.maybe_compile(model, None, make_options(compile=True), *arguments, 10.0) is model
+    run("default", not_given=["compile"], compile=True, max_iters=2)
     assert "compile: no" in capsys.readouterr().out
-    assert plan.maybe_compile(model, None, make_options(compile=False), *arguments, 1e6) is model
-    assert capsys.readouterr().out == ""
+    run("off", compile=False, max_iters=2)
+    assert "compile" not in capsys.readouterr().out
+
+
+def test_compile_is_left_out_where_it_fails_and_the_run_goes_on(run, capsys, monkeypatch):
+    def broken(*_):
+        raise RuntimeError("no compiler\nand a long story")
+
+    plain = run("plain", max_iters=3)[1]
+    monkeypatch.setattr(torch, "compile", lambda model: broken)
+    capsys.readouterr()
+    compiled = run("compiled", compile=True, max_iters=3)[1]
+    assert "running uncompiled (RuntimeError: no compiler)\n" in capsys.readouterr().out
+    assert losses(compiled) == losses(plain)
+
+
+def test_minutes_are_kept_and_the_settings_chosen_are_told_as_flags(run, capsys):
+    sizes = ["n_layer", "n_head", "n_embd", "block_size", "batch_size", "max_iters", "learning_rate", "warmup_iters"]
+    start = time.perf_counter()
+    status, metrics = run("out", not_given=sizes, minutes=0.1)
+    assert status == 0 and time.perf_counter() - start < 6 + 6  # a busy machine may be late
+    assert losses(metrics)[-1] < losses(metrics)[0] and losses(metrics, "val_loss")
+    told = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("--"))
+    chosen, given = parse_options(train.TrainOptions, told.split(), "")
+    config = json.loads(Path("out/config.json").read_text())
+    assert {"n_layer", "n_embd", "batch_size", "dropout"} <= given
+    assert (chosen.n_layer, chosen.n_embd) == (config["n_layer"], config["n_embd"])
+
+
+def test_settings_given_beside_minutes_are_kept(run):
+    run("out", not_given=["max_iters", "batch_size"], minutes=0.02, arch="gpt", n_layer=2)
+    config = json.loads(Path("out/config.json").read_text())
+    assert (config["model_type"], config["n_layer"], config["n_embd"]) == ("gpt2", 2, 16)
+
+
+@pytest.mark.parametrize("minutes", [0.01, 1, 60, 10_000])
+@pytest.mark.parametrize("tokens", [100, 10**6, 10**10])
+@pytest.mark.parametrize("peak", [1e9, 1e11, 1e15])
+def test_the_settings_for_any_time_text_and_machine_make_a_model(monkeypatch, minutes, tokens, peak):
+    monkeypatch.setattr(plan, "matmul_peak", lambda *_: peak)
+    sizes, _ = plan.for_minutes(minutes, tokens, CPU, torch.float32)
+    assert sizes["n_embd"] % sizes["n_head"] == 0 and 0 <= sizes["dropout"] <= 0.4
+    assert sizes["block_size"] < tokens
+    assert {f.name for f in fields(train.TrainOptions)} >= set(sizes)
 
 
 @pytest.mark.parametrize(

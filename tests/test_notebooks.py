@@ -1,0 +1,77 @@
+"""The notebooks run from top to bottom, and were committed as such a run left them."""
+
+import re
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbclient import NotebookClient
+
+ROOT = Path(__file__).resolve().parent.parent
+NOTEBOOKS = [ROOT / "gpt_dev.ipynb", *sorted((ROOT / "notebooks").glob("*.ipynb"))]
+
+each_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+
+
+def read(path):
+    notebook = nbformat.read(str(path), as_version=4)
+    nbformat.validate(notebook)
+    return notebook, [cell for cell in notebook.cells if cell.cell_type == "code"]
+
+
+def outputs(cells, mime_type):
+    """The outputs of one type: "image/png", say, or "text/plain", which also finds what was printed."""
+    for cell in cells:
+        for output in cell.outputs:
+            if mime_type in output.get("data", {}):
+                yield output.data[mime_type]
+            elif mime_type == "text/plain" and output.output_type == "stream":
+                yield output.text
+
+
+@each_notebook
+def test_runs_from_top_to_bottom(path, monkeypatch):
+    monkeypatch.setenv("NANOGPT_FAST", "1")  # hardly any training, but every cell
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    before = path.read_bytes()
+    notebook, cells = read(path)
+    for cell in cells:
+        cell.outputs, cell.execution_count = [], None
+
+    folder = {"metadata": {"path": str(path.parent)}}  # where Jupyter runs it
+    NotebookClient(notebook, kernel_name="python3", timeout=300, resources=folder).execute()  # raises on an error
+
+    assert not [output for cell in cells for output in cell.outputs if output.output_type == "error"]
+    assert list(outputs(cells, "image/png")), "the pictures do not show"
+    assert path.read_bytes() == before
+
+
+@each_notebook
+def test_was_saved_from_a_clean_run(path):
+    notebook, cells = read(path)
+    assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
+    assert all(cell.source.strip() for cell in notebook.cells)
+    assert notebook.metadata.kernelspec.name == "python3"
+    for cell in cells:
+        for output in cell.outputs:
+            assert output.output_type != "error", cell.source
+            assert output.get("name") != "stderr", f"a warning was left in the output: {output.text}"
+    assert path.stat().st_size < 1_500_000
+
+
+@each_notebook
+def test_shows_and_asks(path):
+    notebook, cells = read(path)
+    text = "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "markdown")
+    assert list(outputs(cells, "image/png"))
+    assert "?" in notebook.cells[0].source, "it opens with a question"
+    assert re.search(r"\bexercise", text, re.IGNORECASE)
+    assert text.count("<details>") == text.count("</details>") >= 1, "answers are folded away"
+    assert text.count("<details>") == text.count("</summary>")
+
+
+@each_notebook
+def test_names_no_place_on_the_authors_machine(path):
+    notebook, cells = read(path)
+    for text in [*(cell.source for cell in notebook.cells), *outputs(cells, "text/plain")]:
+        assert not re.search(r"(?<![\w.])/(work|home|root|tmp|Users|usr|opt)/|[A-Z]:\\", text), text

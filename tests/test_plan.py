@@ -1,0 +1,293 @@
+"""plan.py: what is chosen for the time one has, what is refused, how long a run will take, and when compiling pays."""
+
+import copy
+import math
+from dataclasses import fields
+
+import pytest
+import torch
+
+import plan
+import train
+from data import load_data
+from model import GPTConfig
+from modern import ModernConfig
+from optim import Learner
+from plan import check_memory, for_minutes, matmul_peak, maybe_compile, seconds_per_token, smaller_setting
+from utils import UserError, parse_options
+
+CPU = torch.device("cpu")
+TINY = dict(n_layer=1, n_head=2, n_embd=16, block_size=8, batch_size=4, max_iters=20)
+PEAKS = [1e8, 1e10, 8e11, 1e13, 8e14]  # FLOP/s, from a small board to a large GPU
+MINUTES = [0.01, 0.1, 0.25, 0.5, 1, 2, 3, 5, 10, 30, 60, 300, 1440, 10_000]
+
+
+def make_options(**changes):
+    return train.TrainOptions(**{**TINY, **changes})
+
+
+@pytest.fixture
+def choose(monkeypatch):
+    """choose(minutes, tokens, peak) -> (settings, why), as on a machine of that peak speed."""
+
+    def choose(minutes, tokens=10**6, peak=1e11):
+        monkeypatch.setattr(plan, "matmul_peak", lambda device, dtype: peak)
+        return for_minutes(minutes, tokens, CPU, torch.float32)
+
+    return choose
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# --minutes: the settings for the time one has
+
+
+def weights(sizes):
+    return sizes["n_layer"] * sizes["n_embd"] ** 2
+
+
+@pytest.mark.parametrize("peak", PEAKS)
+@pytest.mark.parametrize("tokens", [100, 100_000, 10**8])
+def test_more_minutes_never_choose_a_smaller_model_or_less_to_look_back_on(choose, peak, tokens):
+    chosen = [choose(minutes, tokens, peak)[0] for minutes in MINUTES]
+    for less, more in zip(chosen, chosen[1:]):
+        assert weights(more) >= weights(less) and more["block_size"] >= less["block_size"]
+
+
+@pytest.mark.parametrize("minutes", MINUTES)
+def test_a_faster_machine_never_gets_a_smaller_model(choose, minutes):
+    sizes = [weights(choose(minutes, peak=peak)[0]) for peak in PEAKS]
+    assert sizes == sorted(sizes)
+
+
+def test_the_smallest_and_the_largest_size_are_both_reached(choose):
+    assert weights(choose(0.01, peak=1e8)[0]) < weights(choose(1, peak=8e11)[0])
+    assert weights(choose(1, peak=8e11)[0]) < weights(choose(1440, peak=8e14)[0])
+
+
+@pytest.mark.parametrize("minutes", [0.01, 1, 60, 10_000])
+@pytest.mark.parametrize("tokens", [9, 18, 100, 10**6, 10**10])
+@pytest.mark.parametrize("peak", PEAKS)
+def test_every_choice_is_a_flag_of_train_and_together_they_make_a_model(choose, minutes, tokens, peak):
+    sizes, _ = choose(minutes, tokens, peak)
+    assert {f.name for f in fields(train.TrainOptions)} >= set(sizes)
+    flags = [f"--{name}={value}" for name, value in sizes.items()]
+    options, given = parse_options(train.TrainOptions, flags, "")  # refuses what does not fit a flag's rule
+    assert given == set(sizes)
+    for config in (GPTConfig, ModernConfig):  # these refuse what makes no model
+        names = {f.name for f in fields(config)} & set(sizes)
+        config(vocab_size=65, **{name: getattr(options, name) for name in names})
+
+
+@pytest.mark.parametrize("length", [11, 20, 50, 100, 500, 2000, 10_000])
+@pytest.mark.parametrize("peak", PEAKS)
+def test_the_block_size_fits_the_text_however_short_it_is(choose, tmp_path, length, peak):
+    (tmp_path / "text.txt").write_text("ab" * (length // 2) + "c" * (length % 2))
+    data = load_data(str(tmp_path / "text.txt"))
+    sizes, _ = choose(10, len(data.train), peak)
+    data.check_length(sizes["block_size"])  # raises an error where it does not fit
+    assert sizes["block_size"] == 8 or 8 * sizes["block_size"] <= len(data.train)
+
+
+def test_a_long_text_gets_the_block_size_of_its_model_and_a_short_one_a_smaller_one(choose):
+    assert [choose(1, tokens, 1e13)[0]["block_size"] for tokens in (10**6, 2048, 2047, 1024, 100, 64, 63)] == [
+        256,
+        256,
+        128,
+        128,
+        8,
+        8,
+        8,
+    ]
+
+
+@pytest.mark.parametrize(
+    "epochs, dropout",
+    [(0.01, 0.0), (3.99, 0.0), (4.01, 0.05), (8, 0.1), (16, 0.15), (64, 0.25), (600, 0.4), (5000, 0.4)],
+)
+def test_dropout_begins_at_four_times_the_text_and_grows_with_each_doubling_up_to_0_4(choose, epochs, dropout):
+    """At 40 % of the peak and 6 operations for each weight of the layers and each token."""
+    sizes, _ = choose(1, peak=1e11)
+    tokens_read = 0.4 * 1e11 * 60 / (6 * 12 * weights(sizes))
+    sizes, why = choose(1, round(tokens_read / epochs), peak=1e11)
+    assert sizes["dropout"] == dropout
+    assert float(why.split("about ")[1].split(" times the text")[0]) == pytest.approx(epochs, rel=0.01, abs=0.05)
+
+
+def test_the_same_time_on_a_shorter_text_never_gets_less_dropout(choose):
+    rates = [choose(3, tokens, 8e11)[0]["dropout"] for tokens in (10**9, 10**8, 10**7, 10**6, 10**5, 10**4, 1000)]
+    assert rates == sorted(rates) and rates[0] == 0.0 and rates[-1] == 0.4
+
+
+def test_the_reason_names_the_speed_the_time_and_the_length_of_the_text(choose):
+    _, why = choose(2.5, 123_456, 8e11)
+    assert why.startswith("800 GFLOP/s x 2.5 min on 123,456 tokens") and "\n" not in why
+
+
+def test_the_table_of_sizes_is_not_changed_by_choosing(choose):
+    before = copy.deepcopy(plan.SIZES)
+    choose(1, 100)
+    assert before == plan.SIZES and plan.SIZES[-1][0] == math.inf
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_peak_is_the_work_of_a_product_over_the_time_of_the_fastest(monkeypatch, dtype):
+    assert 1e6 < matmul_peak(CPU, dtype, size=64) < 1e16
+    ticks = iter([0.0, 0.0, 0.5, 0.5, 0.5, 0.6, 0.6, 0.6, 2.0, 2.0])  # began; then start, end, now of each product
+    monkeypatch.setattr(plan.time, "perf_counter", lambda: next(ticks))
+    assert matmul_peak(CPU, dtype, size=8) == pytest.approx(2 * 8**3 / 0.1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What fits
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [dict(n_layer=10**9), dict(n_embd=10**9), dict(batch_size=10**9), dict(gradient_accumulation_steps=10**9)],
+    ids=str,
+)
+@pytest.mark.parametrize("arch", ["gpt", "modern"])
+def test_sizes_that_no_memory_holds_are_refused_before_the_model_is_made(sizes, arch):
+    with pytest.raises(UserError, match=r"need at least .* GiB of memory and this machine has .*; lower --batch_size"):
+        check_memory(make_options(**sizes), vocab_size=50)
+    with pytest.raises(UserError, match="GiB of memory"):
+        train.build_model(make_options(arch=arch, **sizes), vocab_size=50)
+
+
+def test_the_sizes_of_the_description_are_not_refused():
+    check_memory(train.TrainOptions(), vocab_size=100)
+    check_memory(
+        train.TrainOptions(n_layer=12, n_head=12, n_embd=768, batch_size=16, gradient_accumulation_steps=4), 100
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# How long it takes
+
+
+def make_learner(make_model, dtype=torch.float32, **changes):
+    return Learner(make_model(dropout=0.2).train(), make_options(**changes), CPU, dtype)
+
+
+def windows(rows=4, T=8):
+    tokens = torch.randint(11, (rows, T + 1), generator=torch.Generator().manual_seed(0))
+    return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_timing_a_step_leaves_no_trace(make_model, dtype):
+    learner = make_learner(make_model, dtype)
+    dice, state = torch.get_rng_state(), copy.deepcopy(learner.state_dict())
+    assert 0 < seconds_per_token(learner, *windows()) < 1
+    assert torch.equal(torch.get_rng_state(), dice)
+    assert all(p.grad is None for p in [*learner.model.parameters(), *learner.worker.parameters()])
+    assert all(torch.equal(state["model"][name], p) for name, p in learner.model.state_dict().items())
+    assert state["optimizers"] == learner.state_dict()["optimizers"], "no optimizer has taken a step"
+    assert learner.model.training and learner.worker.training
+
+
+def test_a_step_is_timed_on_2048_tokens_at_most_and_on_one_window_at_least(make_model):
+    learner, seen = make_learner(make_model), []
+    loss = learner.loss
+    learner.loss = lambda x, y: seen.append(tuple(x.shape)) or loss(x[:1, :8], y[:1, :8])
+    for rows, T in ((4, 8), (500, 8), (9, 1024), (2, 5000)):
+        seconds_per_token(learner, *windows(rows, T))
+    assert sorted(set(seen)) == sorted([(4, 8), (256, 8), (2, 1024), (1, 5000)])
+
+
+def test_the_smaller_setting_is_flags_that_train_takes_and_less_work_than_the_default():
+    flags, share = smaller_setting(train.TrainOptions())
+    smaller, given = parse_options(train.TrainOptions, flags.split(), "")
+    assert given >= {"n_layer", "n_head", "n_embd", "block_size", "batch_size", "max_iters"}
+    GPTConfig(n_layer=smaller.n_layer, n_head=smaller.n_head, n_embd=smaller.n_embd, block_size=smaller.block_size)
+    assert 0 < share < 0.05
+
+
+def test_the_share_of_work_of_the_smaller_setting_by_hand():
+    small = 2000 * 16 * 128 * 4 * 128**2
+    _, share = smaller_setting(train.TrainOptions())
+    assert share == pytest.approx(small / (10_000 * 64 * 256 * 6 * 384**2))
+    _, share = smaller_setting(train.TrainOptions(gradient_accumulation_steps=5))
+    assert share == pytest.approx(small / (10_000 * 5 * 64 * 256 * 6 * 384**2))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Whether compiling pays
+
+
+@pytest.fixture
+def compiled(monkeypatch):
+    """The models that torch.compile was asked for; it returns each with a wrapper around it."""
+    models = []
+
+    def compile(model):
+        models.append(model)
+        return lambda *args: model(*args)
+
+    monkeypatch.setattr(torch, "compile", compile)
+    return models
+
+
+@pytest.mark.parametrize(
+    "gpu, forced, seconds, pays",
+    [
+        (False, False, 60, False),
+        (False, False, 399, False),  # on a CPU 40 s to save a tenth
+        (False, False, 401, True),
+        (False, True, 1, True),
+        (True, False, 199, False),  # on a GPU 60 s to save three tenths
+        (True, False, 201, True),
+        (True, True, 1, True),
+    ],
+)
+def test_a_model_is_compiled_where_it_is_forced_or_earns_its_time_back(
+    make_model, compiled, capsys, gpu, forced, seconds, pays
+):
+    learner = make_learner(make_model)
+    if gpu:
+        learner.device = torch.device("cuda")
+        learner.loss = lambda x, y: learner.compute(x, y)[1]  # there is no GPU to compute on
+    maybe_compile(learner, *windows(), forced, seconds)
+    assert compiled == ([learner.worker] if pays else [])
+    assert (learner.compute is not learner.worker) == pays
+    cost = 60 if gpu else 40
+    said = f"compile: yes, about {cost} s" if pays else f"compile: no, this run would not earn back the {cost} s"
+    out = capsys.readouterr().out
+    assert out.startswith(said) and out.count("\n") == 1
+    assert pays or "--compile forces it" in out
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_compiling_leaves_no_trace_and_what_learns_is_still_the_model(make_model, compiled, dtype):
+    learner, plain = (make_learner(make_model, dtype) for _ in range(2))
+    dice, before = torch.get_rng_state(), copy.deepcopy(learner.model.state_dict())
+    maybe_compile(learner, *windows(), True, 1)
+    assert compiled == [learner.worker] and torch.equal(torch.get_rng_state(), dice)
+    assert all(p.grad is None for p in [*learner.model.parameters(), *learner.worker.parameters()])
+    assert list(learner.state_dict()["model"]) == list(before)
+    losses = []
+    for each in (learner, plain):
+        torch.manual_seed(0)
+        losses.append([each.step(*windows(), 1.0)[0].item() for _ in range(3)])
+    assert losses[0] == losses[1]
+    assert not torch.equal(before["lm_head.weight"], learner.model.lm_head.weight)
+
+
+@pytest.mark.parametrize("when", ["at once", "at the first use"])
+def test_without_a_compiler_the_model_runs_uncompiled_and_one_line_says_why(make_model, monkeypatch, capsys, when):
+    def fail(*_):
+        raise RuntimeError("no C++ compiler\nand a long story")
+
+    monkeypatch.setattr(torch, "compile", fail if when == "at once" else lambda model: fail)
+    learner = make_learner(make_model)
+    maybe_compile(learner, *windows(), True, 1)
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2 and lines[1].endswith("running uncompiled (RuntimeError: no C++ compiler)")
+    assert learner.compute is learner.worker
+    assert learner.step(*windows(), 1.0)[0].isfinite()
+
+
+def test_an_error_without_words_is_told_by_its_name(make_model, monkeypatch, capsys):
+    monkeypatch.setattr(torch, "compile", lambda model: (_ for _ in ()).throw(NotImplementedError()))
+    maybe_compile(make_learner(make_model), *windows(), True, 1)
+    assert "(NotImplementedError: )" in capsys.readouterr().out
