@@ -31,7 +31,7 @@ import torch.nn.functional as F
 import modern
 import optim
 import train
-from checkpoint import load_model
+from checkpoint import METRICS, load_model
 from data import load_data, validation_loss
 from generate import generate
 from model import GPT, GPTConfig
@@ -432,7 +432,7 @@ def ideas(options):
                 out = os.path.join(folder, "out")
                 flags = ["--data", options.data, "--minutes", str(options.minutes), "--seed", str(seed)]
                 timed([sys.executable, __file__, "ideas", "--without", name, "--out_dir", out, *flags])
-                lines = train.read_metrics(os.path.join(out, train.METRICS))
+                lines = train.read_metrics(os.path.join(out, METRICS))
                 losses[name].append(min(line["val_loss"] for line in lines if "val_loss" in line))
             print(f"seed {seed}, without {name}: {losses[name][-1]:.4f}", file=sys.stderr)
     print(f"{machine(torch.device('cpu'))}; {options.data}, {options.minutes:g} minutes each, {options.rounds} seeds")

@@ -26,6 +26,7 @@ from model import GPT, GPTConfig
 from modern import Modern, ModernConfig
 from utils import UserError, missing_extra, write_atomically, write_json
 
+METRICS = "metrics.jsonl"
 MODERN_TYPE = "nanogpt-modern"  # in config.json, where a GPT has "gpt2"
 HUB_NAMES = {name: f"openai-community/{name}" for name in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")}
 
@@ -281,7 +282,7 @@ def _find_on_hub(name):
 
 def holds_run(directory):
     """Does the directory hold a run (or anything else that training would overwrite)?"""
-    names = ("state.pt", "metrics.jsonl", "model.safetensors", "config.json")
+    names = ("state.pt", METRICS, "model.safetensors", "config.json")
     paths = [os.path.join(directory, name) for name in names]
     return any(os.path.exists(path) and os.path.getsize(path) > 0 for path in paths)
 

@@ -1,6 +1,7 @@
 """One update of the weights: loss, gradients and optimizers, in the number format that pays on the device."""
 
 import copy
+import math
 
 import torch
 
@@ -27,6 +28,17 @@ def build_optimizers(model, options, device):
     vectors = [p for p in model.parameters() if p.dim() < 2]
     groups = [dict(params=matrices, weight_decay=options.weight_decay), dict(params=vectors, weight_decay=0.0)]
     return [torch.optim.AdamW(groups, **adamw)]
+
+
+def lr_share(step, progress, options):
+    """The share of its highest learning rate that a step is made with, 0 to 1. progress: the share of the run done.
+
+    It climbs for warmup_iters steps and falls to min_lr at the end: with --minutes in a line (Defazio et al. 2023: hard
+    to beat), else along half a cosine (Loshchilov & Hutter 2017).
+    """
+    floor = 0.1 if options.min_lr is None else options.min_lr / (options.learning_rate or 1)
+    left = 1 - progress if options.minutes is not None else 0.5 * (1 + math.cos(math.pi * progress))
+    return min(1.0, (step + 1) / (options.warmup_iters or 1)) * (floor + (1 - floor) * left)
 
 
 class Learner:

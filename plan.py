@@ -1,13 +1,64 @@
-"""What fits this machine: the settings for the time one has, how long a run will take, and what pays in that time."""
+"""Before the first step: the run's directory, its settings, its model and text, and how long it will take.
 
+With --minutes the settings are those that suit the machine, the time and the text (for_minutes has the rule).
+"""
+
+import itertools
 import math
 import os
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import torch
 
+from checkpoint import METRICS, gpt2_tokenizer, holds_run, load_model, load_state
+from data import load_data, load_tokenizer
+from model import GPT, GPTConfig
+from modern import Modern, ModernConfig
 from utils import UserError
+
+# What a modern model has for a default in place of TrainOptions'.
+MODERN = dict(learning_rate=4e-3, min_lr=0.0, warmup_iters=20, weight_decay=0.0, beta1=0.8, beta2=0.95)
+
+# Of a resumed run these may change; everything else would make it another run.
+MAY_CHANGE = {"resume", "data", "out_dir", "max_iters", "minutes", "eval_interval", "eval_iters", "log_interval"}
+MAY_CHANGE |= {"sample_interval", "device", "compile", "gradient_checkpointing", "fresh"}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The directory
+
+
+def check_directory(options):
+    """Raises UserError where out_dir holds a run that this one would overwrite."""
+    if not options.out_dir:
+        raise UserError("--out_dir: is empty; name a directory")
+    if options.resume and options.fresh:
+        raise UserError("--resume and --fresh: give one of the two")
+    if holds_run(options.out_dir) and not (options.resume or options.fresh):
+        raise UserError(
+            f"--out_dir {options.out_dir}: already holds a run; add --resume to go on with it, --fresh to move it "
+            f"aside, or name another directory"
+        )
+
+
+def make_directory(options):
+    """Make out_dir, moving an earlier run aside if --fresh asks for it. Raises UserError where it cannot be written."""
+    out = os.path.normpath(options.out_dir)
+    try:
+        if holds_run(out) and not options.resume:
+            aside = next(f"{out}-{n}" for n in itertools.count(1) if not os.path.exists(f"{out}-{n}"))
+            os.rename(out, aside)
+            print(f"moved the earlier run to {aside}")
+        os.makedirs(out, exist_ok=True)
+        with open(os.path.join(out, METRICS), "a"):
+            pass
+    except OSError as error:
+        raise UserError(f"--out_dir {out}: cannot be written ({error.strerror}); name another directory") from None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Settings, model and text
 
 
 def check_memory(options, vocab_size):
@@ -29,6 +80,94 @@ def check_memory(options, vocab_size):
             f"these sizes need at least {needed / 2**30:,.0f} GiB of memory and this machine has {memory / 2**30:.0f}; "
             f"lower --batch_size, --n_embd or --n_layer"
         )
+
+
+def choose_settings(options, given, data, device, dtype):
+    """Fill in what was not given: a modern model's defaults and, with --minutes, the sizes that suit the time."""
+    chosen = {}
+    if options.minutes is not None:
+        chosen["arch"] = "modern" if hasattr(torch.optim, "Muon") else "gpt"
+        sizes, why = for_minutes(options.minutes, len(data.train), device, dtype)
+        chosen.update(sizes)
+    arch = options.arch if "arch" in given or options.minutes is None else chosen["arch"]
+    if arch == "modern":
+        chosen.update(MODERN)
+    elif options.minutes is not None:
+        chosen.update(learning_rate=2e-3, min_lr=0.0)
+    chosen = {name: value for name, value in chosen.items() if name not in given}
+    if options.minutes is not None:
+        shown = {name: value for name, value in chosen.items() if name != "max_iters"}
+        print(f"{why}:")
+        print(
+            " ".join(f"--{name} {value:g}" if name != "arch" else f"--{name} {value}" for name, value in shown.items())
+        )
+    return replace(options, **chosen)
+
+
+def build_model(options, vocab_size):
+    """A new model. Raises UserError where the sizes make none, or none that fits this machine."""
+    sizes = {name: getattr(options, name) for name in ("block_size", "n_layer", "n_head", "n_embd", "dropout")}
+    try:
+        if options.arch == "modern":
+            config = ModernConfig(vocab_size=vocab_size, **sizes)
+        else:
+            config = GPTConfig(vocab_size=vocab_size, bias=options.bias, **sizes)
+    except ValueError as error:
+        raise UserError(f"--{error}") from None
+    check_memory(options, vocab_size)
+    return Modern(config) if options.arch == "modern" else GPT(config)
+
+
+def begin(options, given, device, dtype):
+    """The model and text of a new run. Returns (options, model, data)."""
+    if options.init_from is None:
+        data = load_data(options.data)
+        options = choose_settings(options, given, data, device, dtype)
+        data.check_length(options.block_size)
+        return options, build_model(options, data.tokenizer.vocab_size), data
+    block_size = options.block_size if "block_size" in given else None
+    model, tokenizer = load_model(options.init_from, block_size, options.dropout)
+    found = dict(asdict(model.config), arch="modern" if isinstance(model, Modern) else "gpt")
+    for name in ("arch", "block_size", "n_layer", "n_head", "n_embd", "bias"):
+        wanted = getattr(options, name)
+        if name in given and name in found and wanted != found[name]:
+            raise UserError(f"--{name} {wanted}: {options.init_from} has {found[name]}; leave the flag out")
+    found = {name: value for name, value in found.items() if hasattr(options, name) and name != "dropout"}
+    if tokenizer is None and model.config.vocab_size >= 50257:
+        tokenizer = gpt2_tokenizer()
+    data = load_data(options.data, tokenizer)
+    ours, theirs = data.tokenizer.vocab_size, model.config.vocab_size
+    if ours > theirs or (tokenizer is None and ours != theirs):
+        raise UserError(
+            f"--init_from {options.init_from}: knows {theirs} tokens, but {options.data} has {ours}; give the text it "
+            f"was trained on, or start without --init_from"
+        )
+    options = choose_settings(replace(options, **found), given | set(found) | {"dropout"}, data, device, dtype)
+    data.check_length(options.block_size)
+    return options, model, data
+
+
+def resume(options, given):
+    """The settings, model and text of the run in out_dir. Returns (options, model, data, state)."""
+    state = load_state(options.out_dir)
+    for name in sorted(given - MAY_CHANGE):
+        old, new = state["options"][name], getattr(options, name)
+        if new != old:
+            raise UserError(
+                f"--{name} {new}: this run began with {old}, and changing it would make it another run; "
+                f"leave the flag out, or start anew in another --out_dir"
+            )
+    changed = {name: getattr(options, name) for name in given & MAY_CHANGE}
+    options = replace(options, **{**state["options"], **changed})
+    step, earlier_minutes = state["counters"]["step"], state["options"]["minutes"]
+    if step >= options.max_iters:
+        raise UserError(f"--resume: the run in {options.out_dir} has done its {step} steps; give a larger --max_iters")
+    if options.minutes is not None and state["progress"] == 1 and options.minutes <= earlier_minutes:
+        raise UserError(f"--resume: the run in {options.out_dir} has had its {options.minutes:g} minutes; give more")
+    data = load_data(options.data, load_tokenizer(options.out_dir))
+    if data.fingerprint != state["fingerprint"]:
+        raise UserError(f"--data {options.data}: is not the text this run began with; put that back to go on")
+    return options, build_model(options, state["config"]["vocab_size"]), data, state
 
 
 # ---------------------------------------------------------------------------------------------------------------------

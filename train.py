@@ -5,33 +5,31 @@
     python train.py --data mytext.txt --n_layer 4 --n_head 4 --n_embd 128 --max_iters 2000
     python train.py --resume                         # go on where a run was stopped
 
-It reads in the order in which a run happens: options, directory, model, the loop, the report. One step is optim.py.
+It reads in the order in which a run happens: the options, the loop, the report. What comes before the first step is in
+plan.py, and one step in optim.py.
 """
 
 import utils  # first: it starts the clock and sets how PyTorch's threads wait  # noqa: F401
 
 # isort: split
-import itertools
 import json
 import math
 import os
 import signal
 import sys
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Optional
 
 import torch
 from tqdm import tqdm
 
 import plots
-from checkpoint import gpt2_tokenizer, holds_run, load_model, load_state, save_model, save_state
-from data import load_data, load_tokenizer, prompt_tokens, validation_loss
+from checkpoint import METRICS, save_model, save_state
+from data import prompt_tokens, validation_loss
 from generate import generate
-from model import GPT, GPTConfig
-from modern import Modern, ModernConfig
-from optim import Learner
-from plan import check_memory, for_minutes, maybe_compile, seconds_per_token, smaller_setting
+from optim import Learner, lr_share
+from plan import begin, check_directory, make_directory, maybe_compile, resume, seconds_per_token, smaller_setting
 from utils import (
     STARTED,
     UserError,
@@ -43,8 +41,6 @@ from utils import (
     run_command,
     seconds_in_words,
 )
-
-METRICS = "metrics.jsonl"
 
 
 @dataclass
@@ -100,14 +96,6 @@ class TrainOptions:
     gradient_checkpointing: bool = option(False, "compute activations again in the backward pass, to save memory")
 
 
-# What a modern model has for a default in place of the above.
-MODERN = dict(learning_rate=4e-3, min_lr=0.0, warmup_iters=20, weight_decay=0.0, beta1=0.8, beta2=0.95)
-
-# Of a resumed run these may change; everything else would make it another run.
-MAY_CHANGE = {"resume", "data", "out_dir", "max_iters", "minutes", "eval_interval", "eval_iters", "log_interval"}
-MAY_CHANGE |= {"sample_interval", "device", "compile", "gradient_checkpointing", "fresh"}
-
-
 def main(argv):
     options, given = parse_options(TrainOptions, argv, "Train a GPT on a text file.")
     try:
@@ -117,137 +105,6 @@ def main(argv):
             raise
         remedy = "lower --batch_size (--gradient_accumulation_steps makes up for it) or add --gradient_checkpointing"
         raise UserError(f"out of memory; {remedy}") from None
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Before the first step
-
-
-def check_directory(options):
-    """Raises UserError where out_dir holds a run that this one would overwrite."""
-    if not options.out_dir:
-        raise UserError("--out_dir: is empty; name a directory")
-    if options.resume and options.fresh:
-        raise UserError("--resume and --fresh: give one of the two")
-    if holds_run(options.out_dir) and not (options.resume or options.fresh):
-        raise UserError(
-            f"--out_dir {options.out_dir}: already holds a run; add --resume to go on with it, --fresh to move it "
-            f"aside, or name another directory"
-        )
-
-
-def make_directory(options):
-    """Make out_dir, moving an earlier run aside if --fresh asks for it. Raises UserError where it cannot be written."""
-    out = os.path.normpath(options.out_dir)
-    try:
-        if holds_run(out) and not options.resume:
-            aside = next(f"{out}-{n}" for n in itertools.count(1) if not os.path.exists(f"{out}-{n}"))
-            os.rename(out, aside)
-            print(f"moved the earlier run to {aside}")
-        os.makedirs(out, exist_ok=True)
-        with open(os.path.join(out, METRICS), "a"):
-            pass
-    except OSError as error:
-        raise UserError(f"--out_dir {out}: cannot be written ({error.strerror}); name another directory") from None
-
-
-def choose_settings(options, given, data, device, dtype):
-    """Fill in what was not given: a modern model's defaults and, with --minutes, the sizes that suit the time."""
-    chosen = {}
-    if options.minutes is not None:
-        chosen["arch"] = "modern" if hasattr(torch.optim, "Muon") else "gpt"
-        sizes, why = for_minutes(options.minutes, len(data.train), device, dtype)
-        chosen.update(sizes)
-    arch = options.arch if "arch" in given or options.minutes is None else chosen["arch"]
-    if arch == "modern":
-        chosen.update(MODERN)
-    elif options.minutes is not None:
-        chosen.update(learning_rate=2e-3, min_lr=0.0)
-    chosen = {name: value for name, value in chosen.items() if name not in given}
-    if options.minutes is not None:
-        shown = {name: value for name, value in chosen.items() if name != "max_iters"}
-        print(f"{why}:")
-        print(
-            " ".join(f"--{name} {value:g}" if name != "arch" else f"--{name} {value}" for name, value in shown.items())
-        )
-    return replace(options, **chosen)
-
-
-def build_model(options, vocab_size):
-    """A new model. Raises UserError where the sizes make none, or none that fits this machine."""
-    sizes = {name: getattr(options, name) for name in ("block_size", "n_layer", "n_head", "n_embd", "dropout")}
-    try:
-        if options.arch == "modern":
-            config = ModernConfig(vocab_size=vocab_size, **sizes)
-        else:
-            config = GPTConfig(vocab_size=vocab_size, bias=options.bias, **sizes)
-    except ValueError as error:
-        raise UserError(f"--{error}") from None
-    check_memory(options, vocab_size)
-    return Modern(config) if options.arch == "modern" else GPT(config)
-
-
-def begin(options, given, device, dtype):
-    """The model and text of a new run. Returns (options, model, data)."""
-    if options.init_from is None:
-        data = load_data(options.data)
-        options = choose_settings(options, given, data, device, dtype)
-        data.check_length(options.block_size)
-        return options, build_model(options, data.tokenizer.vocab_size), data
-    block_size = options.block_size if "block_size" in given else None
-    model, tokenizer = load_model(options.init_from, block_size, options.dropout)
-    found = dict(asdict(model.config), arch="modern" if isinstance(model, Modern) else "gpt")
-    for name in ("arch", "block_size", "n_layer", "n_head", "n_embd", "bias"):
-        wanted = getattr(options, name)
-        if name in given and name in found and wanted != found[name]:
-            raise UserError(f"--{name} {wanted}: {options.init_from} has {found[name]}; leave the flag out")
-    found = {name: value for name, value in found.items() if hasattr(options, name) and name != "dropout"}
-    if tokenizer is None and model.config.vocab_size >= 50257:
-        tokenizer = gpt2_tokenizer()
-    data = load_data(options.data, tokenizer)
-    ours, theirs = data.tokenizer.vocab_size, model.config.vocab_size
-    if ours > theirs or (tokenizer is None and ours != theirs):
-        raise UserError(
-            f"--init_from {options.init_from}: knows {theirs} tokens, but {options.data} has {ours}; give the text it "
-            f"was trained on, or start without --init_from"
-        )
-    options = choose_settings(replace(options, **found), given | set(found) | {"dropout"}, data, device, dtype)
-    data.check_length(options.block_size)
-    return options, model, data
-
-
-def resume(options, given):
-    """The settings, model and text of the run in out_dir. Returns (options, model, data, state)."""
-    state = load_state(options.out_dir)
-    for name in sorted(given - MAY_CHANGE):
-        old, new = state["options"][name], getattr(options, name)
-        if new != old:
-            raise UserError(
-                f"--{name} {new}: this run began with {old}, and changing it would make it another run; "
-                f"leave the flag out, or start anew in another --out_dir"
-            )
-    changed = {name: getattr(options, name) for name in given & MAY_CHANGE}
-    options = TrainOptions(**{**state["options"], **changed})
-    step, seconds = state["counters"]["step"], state["counters"]["seconds"]
-    if step >= options.max_iters:
-        raise UserError(f"--resume: the run in {options.out_dir} has done its {step} steps; give a larger --max_iters")
-    if options.minutes is not None and seconds >= 60 * options.minutes - 3:
-        raise UserError(f"--resume: the run in {options.out_dir} has had its {options.minutes:g} minutes; give more")
-    data = load_data(options.data, load_tokenizer(options.out_dir))
-    if data.fingerprint != state["fingerprint"]:
-        raise UserError(f"--data {options.data}: is not the text this run began with; put that back to go on")
-    return options, build_model(options, state["config"]["vocab_size"]), data, state
-
-
-def lr_share(step, progress, options):
-    """The share of its highest learning rate that a step is made with, 0 to 1. progress: the share of the run done.
-
-    It climbs for warmup_iters steps and falls to min_lr at the end: with --minutes in a line (Defazio et al. 2023: hard
-    to beat), else along half a cosine (Loshchilov & Hutter 2017).
-    """
-    floor = 0.1 if options.min_lr is None else options.min_lr / (options.learning_rate or 1)
-    left = 1 - progress if options.minutes is not None else 0.5 * (1 + math.cos(math.pi * progress))
-    return min(1.0, (step + 1) / (options.warmup_iters or 1)) * (floor + (1 - floor) * left)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -301,6 +158,7 @@ class Run:
             options=asdict(self.options),
             config=asdict(self.model.config),
             fingerprint=self.data.fingerprint,
+            progress=self.progress(),
             counters={name: getattr(self, name) for name in ("step", "tokens", "best", "seconds", "first_second")},
             random=dict(cpu=torch.get_rng_state(), cuda=cuda),
             **self.learner.state_dict(),
@@ -405,7 +263,10 @@ def train(options, given):
         bar.update(round(run.seconds) - bar.n if timed else 1)
 
         finished = progress == 1 or stop.number is not None
-        due = run.seconds - last_evaluation > pause if timed else run.step % options.eval_interval == 0
+        if timed:
+            due = run.seconds - last_evaluation > pause and progress < 0.95
+        else:
+            due = run.step % options.eval_interval == 0
         evaluate = due or progress == 1
         if run.step % options.log_interval == 0 or run.step == 1 or evaluate or finished:
             train_loss = loss.item()
@@ -441,7 +302,7 @@ def look_ahead(run, batches, given):
     windows = options.eval_iters * options.batch_size
     evaluation_seconds = 0.4 * token_seconds * min(len(run.data.val), windows * options.block_size)
     if options.minutes is not None:
-        run.reserved = min(2.0 + 1.3 * evaluation_seconds, 30 * options.minutes)
+        run.reserved = min(1.0 + 1.3 * evaluation_seconds, 30 * options.minutes)  # a picture and a sample take a second
         seconds = 60 * options.minutes - run.seconds
     else:
         seconds = token_seconds * x.numel() * (options.max_iters - run.step)

@@ -427,7 +427,7 @@ def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(saved):
 # The state of a run
 
 
-STATE = dict(options={"seed": 1}, counters={"step": 3, "best": 1.5}, model={"a": torch.ones(2)}, optimizers={"lr": None})
+STATE = dict(options={"seed": 1}, counters={"step": 3}, model={"a": torch.ones(2)}, optimizers={"lr": None})
 
 
 def test_a_state_comes_back(tmp_path):

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 import model as model_file
+import plan
 import train
 from data import load_data, validation_loss
 from model import Dropout, attention, attention_written_out, dropout
@@ -38,7 +39,7 @@ def make_learner(arch="gpt", dtype=torch.float32, seed=0, **changes):
     options = make_options(arch=arch, **changes)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = train.build_model(options, VOCAB)
+        model = plan.build_model(options, VOCAB)
         with torch.no_grad():
             for p in model.parameters():
                 p.add_(0.1 * torch.randn_like(p))
@@ -397,7 +398,7 @@ def test_training_in_bfloat16_ends_within_0_01_of_the_val_loss_of_float32_on_the
     for dtype in DTYPES:
         options = make_options(arch=arch, max_iters=200, **sizes)
         torch.manual_seed(0)
-        learner = Learner(train.build_model(options, data.tokenizer.vocab_size).train(), options, CPU, dtype)
+        learner = Learner(plan.build_model(options, data.tokenizer.vocab_size).train(), options, CPU, dtype)
         batches = data.batches(options.batch_size, options.block_size, seed=0)
         for step in range(200):
             learner.step(*batches.batch(step), train.lr_share(step, step / 200, options))

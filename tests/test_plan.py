@@ -1,7 +1,11 @@
 """plan.py: what is chosen for the time one has, what is refused, how long a run will take, and when compiling pays."""
 
 import copy
+import json
 import math
+import subprocess
+import sys
+import time
 from dataclasses import fields
 
 import pytest
@@ -72,7 +76,7 @@ def test_every_choice_is_a_flag_of_train_and_together_they_make_a_model(choose, 
     assert {f.name for f in fields(train.TrainOptions)} >= set(sizes)
     flags = [f"--{name}={value}" for name, value in sizes.items()]
     options, given = parse_options(train.TrainOptions, flags, "")  # refuses what does not fit a flag's rule
-    assert given == set(sizes)
+    assert given == set(sizes) and sizes["block_size"] < tokens and 0 <= sizes["dropout"] <= 0.4
     for config in (GPTConfig, ModernConfig):  # these refuse what makes no model
         names = {f.name for f in fields(config)} & set(sizes)
         config(vocab_size=65, **{name: getattr(options, name) for name in names})
@@ -137,6 +141,35 @@ def test_the_peak_is_the_work_of_a_product_over_the_time_of_the_fastest(monkeypa
     assert matmul_peak(CPU, dtype, size=8) == pytest.approx(2 * 8**3 / 0.1)
 
 
+def test_with_minutes_the_whole_process_ends_in_time_with_the_settings_it_told_before_it_started(tmp_path):
+    (tmp_path / "text.txt").write_text("the quick brown fox jumps over the lazy dog, and the dog sleeps on.\n" * 20)
+    given = "--data text.txt --minutes 0.15 --device cpu --log_interval 20"
+    given += " --n_layer 1 --n_head 2 --n_embd 16 --block_size 8 --batch_size 4"
+    command = [sys.executable, train.__file__, *given.split()]
+    start = time.perf_counter()
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    seconds = time.perf_counter() - start
+    assert done.returncode == 0, done.stderr
+    assert abs(seconds - 9) < 6, "within a tenth of a minute"
+
+    lines = done.stdout.splitlines()
+    why = next(i for i, line in enumerate(lines) if "GFLOP/s x 0.15 min on" in line)
+    told, started = lines[why + 1], next(i for i, line in enumerate(lines) if " M parameters" in line)
+    assert why + 1 < started < next(i for i, line in enumerate(lines) if line.startswith("step "))
+    assert "--learning_rate" in told and "--dropout" in told, "what was chosen"
+    assert "--n_embd" not in told and "--batch_size" not in told, "not what was given"
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    names = ("n_layer", "n_head", "n_embd", "n_positions" if config["model_type"] == "gpt2" else "block_size")
+    assert [config[name] for name in names] == [1, 2, 16, 8]
+
+    metrics = train.read_metrics(str(tmp_path / "out" / "metrics.jsonl"))
+    rates, losses = ([m[name] for m in metrics if name in m] for name in ("lr", "train_loss"))
+    after_warm_up = rates[5:]  # 20 steps of it at most, and a line each 20 steps
+    assert after_warm_up == sorted(after_warm_up, reverse=True) and rates[-1] < 0.02 * max(rates)
+    assert losses[-1] < losses[0] - 1 and metrics[-1]["seconds"] <= seconds
+    assert "a sample:" in done.stdout
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # What fits
 
@@ -151,7 +184,7 @@ def test_sizes_that_no_memory_holds_are_refused_before_the_model_is_made(sizes, 
     with pytest.raises(UserError, match=r"need at least .* GiB of memory and this machine has .*; lower --batch_size"):
         check_memory(make_options(**sizes), vocab_size=50)
     with pytest.raises(UserError, match="GiB of memory"):
-        train.build_model(make_options(arch=arch, **sizes), vocab_size=50)
+        plan.build_model(make_options(arch=arch, **sizes), vocab_size=50)
 
 
 def test_the_sizes_of_the_description_are_not_refused():

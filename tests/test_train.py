@@ -1,14 +1,15 @@
-"""train.py and plan.py: what the flags are, how the learning rate moves, and whole runs in this process.
+"""train.py: what the flags are, how the learning rate moves, and whole runs, most of them in this process.
 
-One step is in test_optim.py, the commands as a person runs them in test_cli.py.
+One step is in test_optim.py, what is chosen for a machine in test_plan.py, the commands as a person runs them in
+test_cli.py.
 """
 
-import copy
 import json
 import math
 import os
 import shutil
 import signal
+import sys
 import time
 from dataclasses import fields
 from pathlib import Path
@@ -17,10 +18,11 @@ import pytest
 import torch
 
 import plan
+import sample
 import train
 from data import CharTokenizer, load_data
 from optim import Learner
-from utils import UserError, parse_options
+from utils import UserError, parse_options, run_command
 
 CPU = torch.device("cpu")
 TINY = dict(n_layer=1, n_head=2, n_embd=16, block_size=8, batch_size=4, max_iters=20, compile=False, device="cpu")
@@ -40,6 +42,7 @@ def run(tmp_path, monkeypatch):
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     monkeypatch.chdir(tmp_path)
     (tmp_path / "text.txt").write_text(TEXT, encoding="utf-8")
+    monkeypatch.setattr(plan, "matmul_peak", lambda *_: 1e11)  # measuring it takes a second
 
     def go(out_dir, not_given=(), **changes):
         options = make_options(data="text.txt", out_dir=out_dir, **changes)
@@ -76,10 +79,10 @@ def test_every_flag_has_one_line_of_help_that_fits_a_screen():
 
 def test_what_may_change_on_resume_are_flags_and_none_that_shapes_the_model_or_its_learning():
     names = {f.name for f in fields(train.TrainOptions)}
-    assert names >= train.MAY_CHANGE
+    assert names >= plan.MAY_CHANGE
     fixed = {"n_layer", "n_head", "n_embd", "block_size", "dropout", "bias", "batch_size", "learning_rate", "seed"}
     fixed |= {"gradient_accumulation_steps", "min_lr", "warmup_iters", "weight_decay", "beta1", "beta2", "grad_clip"}
-    assert not fixed & train.MAY_CHANGE and names >= fixed
+    assert not fixed & plan.MAY_CHANGE and names >= fixed
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -192,9 +195,9 @@ def test_the_best_and_the_newest_weights_are_kept(run, make_model):
     with torch.no_grad():
         model.transformer.wte.weight.mul_(10)
     assert probe.evaluate() > good
-    kept, _ = train.load_model("out")
+    kept, _ = plan.load_model("out")
     assert train.validation_loss(kept, data.val, 4) == pytest.approx(good, abs=1e-5)
-    newest = train.load_state("out")["model"]
+    newest = plan.load_state("out")["model"]
     assert all(torch.equal(newest[name], p) for name, p in model.state_dict().items())
 
 
@@ -246,20 +249,7 @@ def test_a_sample_leaves_the_model_in_training_mode_and_the_dice_alone(make_mode
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# plan.py: how long it takes, and what pays
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_timing_a_step_leaves_no_trace(make_model, dtype):
-    model, options = make_model(dropout=0.2).train(), make_options()
-    x, y = torch.randint(11, (2, 4, 8))
-    dice, weights = torch.get_rng_state(), copy.deepcopy(model.state_dict())
-    learner = Learner(model, options, CPU, dtype)
-    assert plan.seconds_per_token(learner, x, y) > 0
-    assert all(p.grad is None for p in learner.worker.parameters())
-    assert torch.equal(torch.get_rng_state(), dice)
-    assert all(p.grad is None for p in model.parameters())
-    assert all(torch.equal(weights[name], p) for name, p in model.state_dict().items())
+# What it says before it starts
 
 
 def test_a_run_of_more_than_an_hour_says_so_up_front_and_names_a_smaller_one_that_train_takes(run, capsys, monkeypatch):
@@ -275,11 +265,6 @@ def test_a_run_of_more_than_an_hour_says_so_up_front_and_names_a_smaller_one_tha
     monkeypatch.setattr(train, "seconds_per_token", lambda *_: 0.01)
     run("fast", max_iters=2)
     assert "hours" not in capsys.readouterr().out
-
-
-def test_the_smaller_setting_is_less_work_than_the_default():
-    _, share = plan.smaller_setting(train.TrainOptions())
-    assert 0 < share < 0.05
 
 
 def test_compile_is_left_out_where_it_would_not_pay_and_where_it_is_switched_off(run, capsys, monkeypatch):
@@ -302,11 +287,15 @@ def test_compile_is_left_out_where_it_fails_and_the_run_goes_on(run, capsys, mon
     assert losses(compiled) == losses(plain)
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# --minutes
+
+
 def test_minutes_are_kept_and_the_settings_chosen_are_told_as_flags(run, capsys):
     sizes = ["n_layer", "n_head", "n_embd", "block_size", "batch_size", "max_iters", "learning_rate", "warmup_iters"]
     start = time.perf_counter()
-    status, metrics = run("out", not_given=sizes, minutes=0.1)
-    assert status == 0 and time.perf_counter() - start < 6 + 6  # a busy machine may be late
+    status, metrics = run("out", not_given=sizes, minutes=0.05)
+    assert status == 0 and time.perf_counter() - start < 3 + 6  # a busy machine may be late
     assert losses(metrics)[-1] < losses(metrics)[0] and losses(metrics, "val_loss")
     told = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("--"))
     chosen, given = parse_options(train.TrainOptions, told.split(), "")
@@ -321,28 +310,89 @@ def test_settings_given_beside_minutes_are_kept(run):
     assert (config["model_type"], config["n_layer"], config["n_embd"]) == ("gpt2", 2, 16)
 
 
-@pytest.mark.parametrize("minutes", [0.01, 1, 60, 10_000])
-@pytest.mark.parametrize("tokens", [100, 10**6, 10**10])
-@pytest.mark.parametrize("peak", [1e9, 1e11, 1e15])
-def test_the_settings_for_any_time_text_and_machine_make_a_model(monkeypatch, minutes, tokens, peak):
-    monkeypatch.setattr(plan, "matmul_peak", lambda *_: peak)
-    sizes, _ = plan.for_minutes(minutes, tokens, CPU, torch.float32)
-    assert sizes["n_embd"] % sizes["n_head"] == 0 and 0 <= sizes["dropout"] <= 0.4
-    assert sizes["block_size"] < tokens
-    assert {f.name for f in fields(train.TrainOptions)} >= set(sizes)
+def interrupt_after(monkeypatch, seconds):
+    """Ctrl-C at the first step after so many seconds of the run."""
+    step = Learner.step
+
+    def interrupted(*args):
+        if time.perf_counter() - train.STARTED > seconds:
+            signal.raise_signal(signal.SIGINT)
+        return step(*args)
+
+    monkeypatch.setattr(Learner, "step", interrupted)
 
 
-@pytest.mark.parametrize(
-    "sizes",
-    [dict(n_layer=10**9), dict(n_embd=10**9), dict(batch_size=10**9), dict(gradient_accumulation_steps=10**9)],
-)
-def test_sizes_that_no_memory_holds_are_refused_before_the_model_is_made(sizes):
-    with pytest.raises(UserError, match="GiB of memory"):
-        plan.check_memory(make_options(**sizes), vocab_size=50)
+def test_a_run_of_minutes_goes_on_in_the_time_that_was_left_and_when_that_is_over_wants_more(run, monkeypatch):
+    settings = dict(arch="gpt", minutes=0.07, learning_rate=1e-2, min_lr=0.0)  # 4.2 s
+    start = time.perf_counter()
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, 0.8)
+        status, first = run("out", not_given=["max_iters"], **settings)
+    assert status == 130 and 0.8 < first[-1]["seconds"] < 1.2
+    assert 0 < first[-1]["lr"] < 0.9 * first[1]["lr"], "some of the way is done"
+
+    status, both = run("out", not_given=["max_iters"], **settings, resume=True)
+    assert status == 0 and time.perf_counter() - start < 4.2 + 6
+    assert both[: len(first)] == first
+    went_on = both[len(first) :]
+    assert went_on[0]["step"] == first[-1]["step"] + 1 and went_on[0]["seconds"] > first[-1]["seconds"]
+    rates = losses(both, "lr")
+    assert rates == sorted(rates, reverse=True), "it falls on from where it was"
+    assert rates[-1] < 0.02 * rates[0] and both[-1]["seconds"] < 4.2 + 1
+
+    for more in ([], ["--minutes", "0.07"]):
+        with pytest.raises(UserError, match=r"has had its 0\.07 minutes; give more") as error:
+            train.main(["--out_dir", "out", "--resume", *more])
+        assert "\n" not in str(error.value)
+    longer = run("out", not_given=["max_iters"], **dict(settings, minutes=0.09), resume=True)[1]
+    assert longer[: len(both)] == both and longer[-1]["step"] > both[-1]["step"]
 
 
-def test_the_sizes_of_the_description_are_not_refused():
-    plan.check_memory(train.TrainOptions(), vocab_size=100)
-    plan.check_memory(
-        train.TrainOptions(n_layer=12, n_head=12, n_embd=768, batch_size=16, gradient_accumulation_steps=4), 100
-    )
+@pytest.mark.parametrize("minutes", ["0", "-1", "abc", "nan", "inf", "", "1m"])
+def test_minutes_that_are_no_time_are_refused_in_one_line(tmp_path, monkeypatch, capsys, minutes):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["train.py", f"--minutes={minutes}"])
+    with pytest.raises(SystemExit) as exit:
+        run_command(train.main)
+    out, err = capsys.readouterr()
+    assert (exit.value.code, out) == (2, "") and list(tmp_path.iterdir()) == []
+    assert err == f"train.py: error: --minutes: wants a number above 0, not '{minutes}'\n"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# --arch modern
+
+
+@needs_muon
+def test_a_modern_model_trains_and_writes_and_goes_on_bit_for_bit(run, capsys):
+    constant = dict(arch="modern", dropout=0.2, min_lr=1e-2)  # a rate that does not know how long the run will be
+    status, metrics = run("whole", max_iters=60, **constant)
+    assert status == 0 and losses(metrics)[-1] < losses(metrics)[0] - 0.5
+    assert losses(metrics)[0] == pytest.approx(math.log(len(set(TEXT))), abs=1e-5), "the first guess is undecided"
+
+    run("parts", max_iters=20, **constant)
+    parts = run("parts", max_iters=60, **constant, resume=True)[1]
+    assert [(m["step"], losses([m])) for m in parts] == [(m["step"], losses([m])) for m in metrics]
+    for name in ("model.safetensors", "config.json", "tokenizer.json"):
+        assert Path("parts", name).read_bytes() == Path("whole", name).read_bytes()
+    with pytest.raises(UserError, match=r"--arch gpt: this run began with modern"):
+        train.main(["--out_dir", "whole", "--resume", "--arch", "gpt", "--max_iters", "100"])
+
+    texts = []
+    for out in ("whole", "parts"):
+        capsys.readouterr()
+        assert sample.main(["--out_dir", out, "--prompt", "the ", "--max_new_tokens", "50", "--seed", "1"]) == 0
+        texts.append(capsys.readouterr().out)
+    assert texts[0] == texts[1] and len(texts[0]) == len("the ") + 50 + 1 and set(texts[0]) <= set(TEXT)
+    assert sample.main(["--out_dir", "whole", "--num_beams", "3", "--max_new_tokens", "20", "--dtype", "bfloat16"]) == 0
+
+
+@needs_muon
+def test_a_modern_model_has_its_own_defaults_and_what_is_given_counts(run):
+    unlike = ["learning_rate", "min_lr", "warmup_iters", "weight_decay", "beta1", "beta2"]
+    run("out", not_given=unlike, arch="modern", max_iters=2, learning_rate=3e-4, warmup_iters=100)
+    found = plan.load_state("out")["options"]
+    assert {name: found[name] for name in unlike} == plan.MODERN
+    run("given", arch="modern", max_iters=2, learning_rate=3e-4, warmup_iters=7)
+    found = plan.load_state("given")["options"]
+    assert (found["learning_rate"], found["warmup_iters"], found["beta2"]) == (3e-4, 7, 0.95)
