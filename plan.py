@@ -159,10 +159,11 @@ def resume(options, given):
             )
     changed = {name: getattr(options, name) for name in given & MAY_CHANGE}
     options = replace(options, **{**state["options"], **changed})
-    step, earlier_minutes = state["counters"]["step"], state["options"]["minutes"]
+    step, began_with = state["counters"]["step"], state["options"]
     if step >= options.max_iters:
         raise UserError(f"--resume: the run in {options.out_dir} has done its {step} steps; give a larger --max_iters")
-    if options.minutes is not None and state["progress"] == 1 and options.minutes <= earlier_minutes:
+    ended_by_the_clock = state["progress"] == 1 and step < began_with["max_iters"]
+    if options.minutes is not None and ended_by_the_clock and options.minutes <= began_with["minutes"]:
         raise UserError(f"--resume: the run in {options.out_dir} has had its {options.minutes:g} minutes; give more")
     data = load_data(options.data, load_tokenizer(options.out_dir))
     if data.fingerprint != state["fingerprint"]:

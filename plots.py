@@ -117,7 +117,7 @@ def curves(lines, title, xlabel="step", levels=(), log_x=False):
         axes.plot(xs, ys, label=label, color=colour, linewidth=1.5, marker="o" if len(xs) < 20 else None, markersize=5)
     for label in levels:
         axes.axhline(levels[label], color=GREY, linestyle="--", linewidth=1)
-        note = dict(xytext=(-4, 4), textcoords="offset points", ha="right", color=GREY)
+        note = dict(xytext=(4, 0), textcoords="offset points", va="center", color=GREY)  # beside the axes: no overlap
         axes.annotate(label, (1, levels[label]), xycoords=axes.get_yaxis_transform(), **note)
     if log_x:
         xs = next(iter(lines.values()))[0]

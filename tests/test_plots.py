@@ -91,3 +91,44 @@ def test_drawing_opens_no_window_and_keeps_no_figure_alive():
     before = plt.get_fignums()
     assert isinstance(plots.new_figure()[0], Figure) and isinstance(plots.loss_curve(METRICS), Figure)
     assert plt.get_fignums() == before
+
+
+def test_frequencies_put_the_commonest_first():
+    axes = plots.frequencies(torch.tensor([0.2, 0.5, 0.3]), ["a", " ", "c"]).axes[0]
+    assert [bar.get_height() for bar in axes.patches] == pytest.approx([50, 30, 20])
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["␣", "c", "a"]
+
+
+def test_curves_and_the_levels_to_compare_with():
+    figure = plots.curves({"one": ([1, 2], [3, 4])}, "title", levels={"counting": 2.5})
+    assert lines(figure)["one"] == ([1, 2], [3, 4])
+    assert [note.get_text() for note in figure.axes[0].texts] == ["counting"]
+    assert png(figure).startswith(b"\x89PNG")
+
+
+def test_attention_maps_leave_the_future_blank():
+    weights = torch.tensor([[0.9, 0.1], [0.4, 0.6]])  # 0.1 lies in the future and is not to be shown
+    figure = plots.attention_maps([weights, weights], "ab", ["first", "second"], numbers=True)
+    assert len(figure.axes) == 2
+    shown = figure.axes[0].images[0].get_array().filled(-1).tolist()
+    assert torch.allclose(torch.tensor(shown), torch.tensor([[0.9, -1.0], [0.4, 0.6]]))
+    assert [text.get_text() for text in figure.axes[0].texts] == ["0.90", "0.40", "0.60"]
+    assert png(figure).startswith(b"\x89PNG")
+
+
+def test_the_ladder_has_a_bar_for_each_model_with_both_measures():
+    axes = plots.ladder(["bigram", "GPT"], [2.3, 1.2], [3.32, 1.73]).axes[0]
+    assert [bar.get_width() for bar in axes.patches] == pytest.approx([2.3, 1.2])
+    assert [text.get_text().strip() for text in axes.texts] == ["2.300  (3.32)", "1.200  (1.73)"]
+
+
+def test_a_surprise_map_has_a_row_for_each_model():
+    figure = plots.surprise_map("ab", ["one", "two"], [[0.1, 0.2], [0.3, 0.4]])
+    assert figure.axes[0].images[0].get_array().tolist() == [[0.1, 0.2], [0.3, 0.4]]
+    assert png(figure).startswith(b"\x89PNG")
+
+
+def test_next_token_bars_show_the_likeliest_in_the_order_of_the_first_panel():
+    figure = plots.next_token_bars(torch.tensor([[0.1, 0.6, 0.3], [0.3, 0.3, 0.4]]), "abc", ["one", "two"], most=2)
+    heights = [[bar.get_height() for bar in axes.patches] for axes in figure.axes]
+    assert heights == [pytest.approx([60, 30]), pytest.approx([30, 40])]

@@ -13,6 +13,7 @@ import sys
 import time
 from dataclasses import fields
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -46,7 +47,7 @@ def run(tmp_path, monkeypatch):
 
     def go(out_dir, not_given=(), **changes):
         options = make_options(data="text.txt", out_dir=out_dir, **changes)
-        monkeypatch.setattr(train, "STARTED", time.perf_counter())
+        monkeypatch.setattr(train, "STARTED", train.time.perf_counter())
         status = train.train(options, {"data", "out_dir", *TINY, *changes} - set(not_given))
         return status, train.read_metrics(os.path.join(out_dir, "metrics.jsonl"))
 
@@ -294,8 +295,8 @@ def test_compile_is_left_out_where_it_fails_and_the_run_goes_on(run, capsys, mon
 def test_minutes_are_kept_and_the_settings_chosen_are_told_as_flags(run, capsys):
     sizes = ["n_layer", "n_head", "n_embd", "block_size", "batch_size", "max_iters", "learning_rate", "warmup_iters"]
     start = time.perf_counter()
-    status, metrics = run("out", not_given=sizes, minutes=0.05)
-    assert status == 0 and time.perf_counter() - start < 3 + 6  # a busy machine may be late
+    status, metrics = run("out", not_given=sizes, minutes=0.04)
+    assert status == 0 and time.perf_counter() - start < 2.4 + 6  # a busy machine may be late
     assert losses(metrics)[-1] < losses(metrics)[0] and losses(metrics, "val_loss")
     told = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("--"))
     chosen, given = parse_options(train.TrainOptions, told.split(), "")
@@ -310,42 +311,72 @@ def test_settings_given_beside_minutes_are_kept(run):
     assert (config["model_type"], config["n_layer"], config["n_embd"]) == ("gpt2", 2, 16)
 
 
-def interrupt_after(monkeypatch, seconds):
-    """Ctrl-C at the first step after so many seconds of the run."""
-    step = Learner.step
+@pytest.fixture
+def clock(monkeypatch):
+    """A clock that stands still but for a second in each step; the process starts when `run` is called. Ctrl-C comes in
+    the step in which it shows clock.ctrl_c."""
+    clock, step = SimpleNamespace(now=0.0, ctrl_c=None), Learner.step
 
-    def interrupted(*args):
-        if time.perf_counter() - train.STARTED > seconds:
+    def slow(*args):
+        clock.now += 1.0
+        if clock.now == clock.ctrl_c:
             signal.raise_signal(signal.SIGINT)
         return step(*args)
 
-    monkeypatch.setattr(Learner, "step", interrupted)
+    monkeypatch.setattr(Learner, "step", slow)
+    monkeypatch.setattr(train, "time", SimpleNamespace(perf_counter=lambda: clock.now))
+    picture = SimpleNamespace(savefig=lambda *_, **__: None)  # drawing takes longer than such a run
+    monkeypatch.setattr(train.plots, "loss_curve", lambda metrics: picture)
+    return clock
 
 
-def test_a_run_of_minutes_goes_on_in_the_time_that_was_left_and_when_that_is_over_wants_more(run, monkeypatch):
-    settings = dict(arch="gpt", minutes=0.07, learning_rate=1e-2, min_lr=0.0)  # 4.2 s
-    start = time.perf_counter()
-    with monkeypatch.context() as patch:
-        interrupt_after(patch, 0.8)
-        status, first = run("out", not_given=["max_iters"], **settings)
-    assert status == 130 and 0.8 < first[-1]["seconds"] < 1.2
-    assert 0 < first[-1]["lr"] < 0.9 * first[1]["lr"], "some of the way is done"
+TIMED = dict(arch="gpt", minutes=2, not_given=["max_iters"], learning_rate=1e-2, min_lr=0.0)
 
-    status, both = run("out", not_given=["max_iters"], **settings, resume=True)
-    assert status == 0 and time.perf_counter() - start < 4.2 + 6
-    assert both[: len(first)] == first
-    went_on = both[len(first) :]
-    assert went_on[0]["step"] == first[-1]["step"] + 1 and went_on[0]["seconds"] > first[-1]["seconds"]
-    rates = losses(both, "lr")
-    assert rates == sorted(rates, reverse=True), "it falls on from where it was"
-    assert rates[-1] < 0.02 * rates[0] and both[-1]["seconds"] < 4.2 + 1
 
-    for more in ([], ["--minutes", "0.07"]):
-        with pytest.raises(UserError, match=r"has had its 0\.07 minutes; give more") as error:
+def assert_a_line_to_0(metrics):
+    """A step a second until the last seconds, which are kept for the end; each at the rate of the time it begins at."""
+    steps = [m for m in metrics if "lr" in m]
+    end = len(steps)
+    assert 116 <= end <= 119 and [m["step"] for m in steps] == list(range(1, end + 1))
+    assert [m["seconds"] for m in steps] == list(range(1, end + 1)), "of the run, not of the process"
+    assert [m["lr"] for m in steps] == pytest.approx([1e-2 * (1 - i / end) for i in range(end)], abs=1e-4)
+
+
+def test_with_minutes_the_learning_rate_reaches_0_when_the_time_is_up(run, clock):
+    assert_a_line_to_0(run("out", **TIMED)[1])
+
+
+def test_a_run_of_minutes_goes_on_in_the_time_that_was_left_as_if_it_had_not_stopped(run, clock):
+    clock.ctrl_c = 40.0
+    status, first = run("out", **TIMED)
+    assert status == 130 and (first[-1]["step"], first[-1]["seconds"]) == (40, 40.0)
+    clock.now = 1000.0  # later that day
+    status, both = run("out", **TIMED, resume=True)
+    assert status == 0 and both[: len(first)] == first
+    assert_a_line_to_0(both)
+
+
+def test_when_the_time_is_over_a_resumed_run_wants_more_and_goes_on_with_it(run, clock):
+    first = run("out", **TIMED)[1]
+    for more in ([], ["--minutes", "2"], ["--minutes", "1"]):
+        with pytest.raises(UserError, match=r"has had its [12] minutes; give more") as error:
             train.main(["--out_dir", "out", "--resume", *more])
         assert "\n" not in str(error.value)
-    longer = run("out", not_given=["max_iters"], **dict(settings, minutes=0.09), resume=True)[1]
-    assert longer[: len(both)] == both and longer[-1]["step"] > both[-1]["step"]
+    status, longer = run("out", **dict(TIMED, minutes=3), resume=True)
+    assert status == 0 and longer[: len(first)] == first and 176 <= longer[-1]["step"] <= 179
+
+
+def test_steps_and_minutes_together_end_a_run_by_what_comes_first_and_more_of_that_lets_it_go_on(run, clock):
+    settings = dict(TIMED, not_given=[])
+    assert run("out", **settings, max_iters=20)[1][-1]["step"] == 20
+    assert run("out", **settings, max_iters=30, resume=True)[1][-1]["step"] == 30
+    assert run("out", **settings, max_iters=500, resume=True)[1][-1]["step"] < 120
+
+
+def test_a_run_of_steps_can_go_on_for_minutes(run, clock):
+    assert run("out", max_iters=20)[1][-1]["step"] == 20
+    status, metrics = run("out", minutes=1, max_iters=500, resume=True)
+    assert status == 0 and 56 <= metrics[-1]["step"] <= 59
 
 
 @pytest.mark.parametrize("minutes", ["0", "-1", "abc", "nan", "inf", "", "1m"])
