@@ -14,13 +14,15 @@ import plan
 import train
 from data import load_data, validation_loss
 from model import Dropout, attention, attention_written_out, dropout
-from optim import Learner, build_optimizers
+from optim import Learner, build_optimizers, lr_share
 from utils import UserError, autocast
 
 CPU = torch.device("cpu")
 VOCAB = 11
 TINY = dict(n_layer=2, n_head=2, n_embd=16, block_size=8, batch_size=4, max_iters=20, dropout=0.0, learning_rate=1e-2)
-ARCHS = ["gpt", "modern"]
+TINY.update(warmup_iters=0)
+needs_muon = pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="a modern model needs PyTorch 2.9's Muon")
+ARCHS = ["gpt", pytest.param("modern", marks=needs_muon)]
 DTYPES = [torch.float32, torch.bfloat16]
 
 
@@ -92,6 +94,7 @@ def test_every_weight_is_trained_once_and_only_the_matrices_decay(make_model):
     assert all(g["betas"] == (0.8, 0.95) for g in optimizer.param_groups)
 
 
+@needs_muon
 def test_of_a_modern_model_muon_gets_the_matrices_of_the_layers_and_adamw_the_rest_each_once():
     learner = make_learner("modern", weight_decay=0.3, beta1=0.8, beta2=0.95, matrix_lr=0.05)
     names = {id(p): name for name, p in learner.model.named_parameters()}
@@ -108,7 +111,7 @@ def test_of_a_modern_model_muon_gets_the_matrices_of_the_layers_and_adamw_the_re
 
 
 def test_a_pytorch_without_muon_trains_a_gpt_and_refuses_a_modern_model_in_one_line(monkeypatch):
-    monkeypatch.delattr(torch.optim, "Muon")
+    monkeypatch.delattr(torch.optim, "Muon", raising=False)
     learner = make_learner("gpt")
     batches = make_batch(learner.options) * 5
     losses = take_steps(learner, batches)
@@ -130,6 +133,50 @@ def test_every_group_gets_the_given_share_of_its_own_highest_learning_rate(arch)
     before = copy.deepcopy(learner.model.state_dict())
     learner.step(x, y, 0.0)
     assert all(torch.equal(before[name], p) for name, p in learner.model.state_dict().items())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The learning rate
+
+
+def shares(options):
+    return [lr_share(step, step / options.max_iters, options) for step in range(options.max_iters + 1)]
+
+
+def test_the_learning_rate_falls_along_half_a_cosine_to_min_lr():
+    found = shares(make_options(learning_rate=1.0, min_lr=0.2, warmup_iters=0, max_iters=100))
+    assert (found[0], found[50], found[100]) == pytest.approx((1.0, 0.6, 0.2))
+    assert found[25] == pytest.approx(0.2 + 0.4 * (1 + math.cos(math.pi / 4)))
+    assert all(a > b for a, b in zip(found, found[1:]))
+
+
+def test_the_learning_rate_climbs_in_equal_steps_at_the_start():
+    options = make_options(warmup_iters=4, max_iters=100_000)
+    assert [lr_share(step, 0.0, options) for step in range(6)] == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
+
+
+def test_climbing_and_falling_are_multiplied():
+    options = make_options(learning_rate=1.0, min_lr=0.2, warmup_iters=4)
+    assert lr_share(1, 0.5, options) == pytest.approx(0.5 * 0.6) and lr_share(9, 0.5, options) == pytest.approx(0.6)
+
+
+def test_with_minutes_the_learning_rate_falls_in_a_line():
+    options = make_options(learning_rate=1.0, min_lr=0.0, warmup_iters=0, minutes=1.0)
+    assert [lr_share(9, progress, options) for progress in (0, 0.25, 0.75, 1)] == [1, 0.75, 0.25, 0]
+
+
+def test_the_learning_rate_ends_at_a_tenth_unless_told_otherwise():
+    for settings, end in ((dict(), 0.1), (dict(min_lr=0.0), 0.0), (dict(min_lr=0.5), 1.0)):
+        assert lr_share(20, 1.0, make_options(learning_rate=0.5, **settings)) == pytest.approx(end)
+
+
+@pytest.mark.parametrize("warmup, length", [(0, 1), (0, 20), (20, 20), (100, 20), (1, 1)])
+def test_the_learning_rate_is_above_0_and_at_most_its_highest_in_every_step(warmup, length):
+    assert all(0 < share <= 1 for share in shares(make_options(warmup_iters=warmup, max_iters=length)))
+
+
+def test_a_learning_rate_of_0_is_no_division_by_0():
+    assert lr_share(5, 0.5, make_options(learning_rate=0.0, min_lr=0.0)) >= 0
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -162,6 +209,7 @@ def test_a_step_is_what_plain_pytorch_does(make_model):
     assert_same_weights(ours, plain, atol=1e-6)
 
 
+@needs_muon
 def test_a_step_of_a_modern_model_is_what_plain_pytorch_does():
     learner = make_learner("modern", matrix_lr=0.02, weight_decay=0.1, grad_clip=0.5)
     batches, plain = make_batch(learner.options, steps=3), copy.deepcopy(learner.model)
@@ -282,6 +330,7 @@ def test_the_gradient_scaler_of_float16_changes_no_step_and_skips_one_that_overf
     assert all(torch.equal(before[name], p) for name, p in scaled.model.state_dict().items())
 
 
+@needs_muon
 @pytest.mark.parametrize("wrong", [float("nan"), float("inf")])
 @pytest.mark.parametrize("where", ["wte.weight", "layers.0.attn.c_q.weight"])
 def test_where_the_gradients_of_one_optimizer_overflow_none_of_them_steps_and_the_scale_falls(wrong, where):
@@ -401,7 +450,7 @@ def test_training_in_bfloat16_ends_within_0_01_of_the_val_loss_of_float32_on_the
         learner = Learner(plan.build_model(options, data.tokenizer.vocab_size).train(), options, CPU, dtype)
         batches = data.batches(options.batch_size, options.block_size, seed=0)
         for step in range(200):
-            learner.step(*batches.batch(step), train.lr_share(step, step / 200, options))
+            learner.step(*batches.batch(step), lr_share(step, step / 200, options))
         with autocast(CPU, dtype):  # as train.py measures it
             loss[dtype] = validation_loss(learner.model, data.val[:30_000], 64)
     assert loss[torch.float32] < math.log(data.tokenizer.vocab_size) - 1, "it has learned something"

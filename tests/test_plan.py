@@ -127,10 +127,14 @@ def test_the_reason_names_the_speed_the_time_and_the_length_of_the_text(choose):
     assert why.startswith("800 GFLOP/s x 2.5 min on 123,456 tokens") and "\n" not in why
 
 
-def test_the_table_of_sizes_is_not_changed_by_choosing(choose):
-    before = copy.deepcopy(plan.SIZES)
-    choose(1, 100)
-    assert before == plan.SIZES and plan.SIZES[-1][0] == math.inf
+def test_the_table_of_sizes_is_not_changed_by_choosing(choose, monkeypatch):
+    table = ((math.inf, dict(n_layer=1, n_embd=8, n_head=1, block_size=64, batch_size=4)),)
+    monkeypatch.setattr(plan, "SIZES", copy.deepcopy(table))
+    assert choose(1, 100)[0]["block_size"] == 8 and table == plan.SIZES
+
+
+def test_the_table_of_sizes_has_one_for_any_work():
+    assert plan.SIZES[-1][0] == math.inf and [most for most, _ in plan.SIZES] == sorted(most for most, _ in plan.SIZES)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
