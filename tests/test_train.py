@@ -81,7 +81,19 @@ def test_every_flag_has_one_line_of_help_that_fits_a_screen():
 def test_what_may_change_on_resume_are_flags_and_none_that_shapes_the_model_or_its_learning():
     names = {f.name for f in fields(train.TrainOptions)}
     assert names >= plan.MAY_CHANGE
-    fixed = {"n_layer", "n_head", "n_embd", "block_size", "dropout", "bias", "batch_size", "learning_rate", "seed"}
+    fixed = {
+        "arch",
+        "matrix_lr",
+        "n_layer",
+        "n_head",
+        "n_embd",
+        "block_size",
+        "dropout",
+        "bias",
+        "batch_size",
+        "learning_rate",
+        "seed",
+    }
     fixed |= {"gradient_accumulation_steps", "min_lr", "warmup_iters", "weight_decay", "beta1", "beta2", "grad_clip"}
     assert not fixed & plan.MAY_CHANGE and names >= fixed
 
