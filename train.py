@@ -254,7 +254,7 @@ def train(options, given):
     pause = max(3.0, (60 * options.minutes) / 8, 25 * evaluation_seconds) if timed else None  # between evaluations
     last_seconds, last_tokens, last_evaluation = run.seconds, run.tokens, run.seconds
     progress = run.progress()
-    while progress < 1 and stop.number is None:
+    while (progress < 1 or run.best == math.inf) and stop.number is None:  # every run ends with an evaluation
         share = lr_share(run.step, progress, options)
         x, y = batches.batch(run.step, device)
         loss, norm = run.learner.step(x, y, share)
