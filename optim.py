@@ -15,7 +15,8 @@ def build_optimizers(model, options, device):
     Weight decay is for matrices alone, not for biases, norms and other vectors.
     """
     adamw = dict(lr=options.learning_rate, betas=(options.beta1, options.beta2))
-    if device.type == "cuda" or (device.type == "cpu" and hasattr(torch.optim, "Muon")):  # on the CPU since PyTorch 2.4
+    version = tuple(int(part) for part in torch.__version__.split(".")[:2])
+    if device.type == "cuda" or (device.type == "cpu" and version >= (2, 4)):
         adamw["fused"] = True
     if options.arch == "modern":
         if not hasattr(torch.optim, "Muon"):

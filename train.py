@@ -89,7 +89,7 @@ class TrainOptions:
     device: Optional[str] = option(None, "cpu, cuda, cuda:1 or mps (default: cuda if available)")
     dtype: Optional[str] = option(
         None,
-        "float32, bfloat16 or float16 (default: bfloat16 if the hardware has it, else float16 on CUDA)",
+        "float32, bfloat16 or float16 (default: bfloat16 if in hardware, else float16 on CUDA, float32 on CPU)",
         choices=("float32", "bfloat16", "float16"),
     )
     compile: bool = option(True, "compile the model; left to the default, only where it earns back its time")
@@ -105,6 +105,10 @@ def main(argv):
             raise
         remedy = "lower --batch_size (--gradient_accumulation_steps makes up for it) or add --gradient_checkpointing"
         raise UserError(f"out of memory; {remedy}") from None
+    except BrokenPipeError:
+        raise
+    except OSError as error:  # a full disk, say; what was saved before is whole
+        raise UserError(f"--out_dir {options.out_dir}: cannot be written ({error.strerror}); make room") from None
 
 
 # ---------------------------------------------------------------------------------------------------------------------

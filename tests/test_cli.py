@@ -34,6 +34,7 @@ import utils
 
 ROOT = Path(__file__).resolve().parent.parent
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "utf-8"}
+ENVIRONMENT.pop("PYTHONUNBUFFERED", None)  # it would stream for us
 TINY = shlex.split("""--device cpu --dtype float32 --compile False --n_layer=1 --n_head 2 --n_embd 16 --block_size 16
     --batch_size 8 --eval_interval 50 --log_interval 5 --learning_rate 1e-2 --warmup_iters 10""")
 STEPS = 300

@@ -57,10 +57,10 @@ def test_a_bigram_table_shows_the_probabilities_and_labels_every_character():
 
 
 def test_characters_that_leave_no_mark_or_that_the_font_lacks_get_a_label_that_can_be_drawn():
-    chars = ["\n", "\r", "\t", " ", "\x00", "\u200b", "\ufeff", "é", "中", "\U0001f600", "$", "\\", "_", "^"]
+    chars = ["\n", "\r", "\t", " ", "\x00", "\u200b", "\ufeff", "é", "中", "\U0001f600", "$", "\\", "_", "^", "d"]
     labels = [plots.visible(c) for c in chars]
     assert all(label.strip() for label in labels) and len(set(labels)) == len(chars)
-    assert png(plots.bigram_table(torch.full((14, 14), 1 / 14), chars)).startswith(b"\x89PNG")
+    assert png(plots.bigram_table(torch.full((15, 15), 1 / 15), chars)).startswith(b"\x89PNG")
 
 
 def test_mixing_weights_are_stacked_to_one():
