@@ -249,7 +249,8 @@ def train(options, given):
     bar = tqdm(
         total=round(60 * options.minutes) if timed else options.max_iters,
         initial=round(run.seconds) if timed else run.step,
-        unit="s" if timed else "step",
+        unit="step",
+        bar_format="{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} s [{remaining} left{postfix}]" if timed else None,
         dynamic_ncols=True,
         mininterval=0.2 if sys.stderr.isatty() else 10.0,  # rarely where the output goes to a file
     )
