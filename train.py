@@ -89,7 +89,7 @@ class TrainOptions:
     device: Optional[str] = option(None, "cpu, cuda, cuda:1 or mps (default: cuda if available)")
     dtype: Optional[str] = option(
         None,
-        "float32, bfloat16 or float16 (default: bfloat16 if in hardware, else float16 on CUDA, float32 on CPU)",
+        "float32, bfloat16 or float16 (default: bfloat16 if in hardware, else float16 on CUDA, else float32)",
         choices=("float32", "bfloat16", "float16"),
     )
     compile: bool = option(True, "compile the model; left to the default, only where it earns back its time")
