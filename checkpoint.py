@@ -145,7 +145,10 @@ def load_model(path_or_name, block_size=None, dropout=None):
     elif path_or_name in HUB_NAMES:
         config, weights, tokenizer = _read_directory(_find_on_hub(path_or_name))
     else:
-        raise UserError(f"{path_or_name}: no such file or directory, nor one of {', '.join(HUB_NAMES)}")
+        raise UserError(
+            f"{path_or_name}: no such file or directory, nor one of {', '.join(HUB_NAMES)}; "
+            f"train one with: python train.py"
+        )
     if block_size is not None and block_size != config.block_size:
         if block_size > config.block_size:
             raise UserError(f"--block_size {block_size}: {path_or_name} knows only {config.block_size} positions")
