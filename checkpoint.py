@@ -258,9 +258,9 @@ def _read_nanogpt(path):
     return config, {k: v for k, v in weights.items() if not k.endswith(".attn.bias")}
 
 
-def gpt2_tokenizer():
-    """GPT-2's byte-pair encoding, for a checkpoint that brings its weights alone."""
-    return load_tokenizer(_find_on_hub("gpt2"))
+def gpt2_tokenizer(model):
+    """GPT-2's byte-pair encoding for weights that came alone, or None where the model has too few tokens for it."""
+    return load_tokenizer(_find_on_hub("gpt2")) if model.config.vocab_size >= 50257 else None
 
 
 def _find_on_hub(name):

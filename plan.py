@@ -133,8 +133,7 @@ def begin(options, given, device, dtype):
         if name in given and name in found and wanted != found[name]:
             raise UserError(f"--{name} {wanted}: {options.init_from} has {found[name]}; leave the flag out")
     found = {name: value for name, value in found.items() if hasattr(options, name) and name != "dropout"}
-    if tokenizer is None and model.config.vocab_size >= 50257:
-        tokenizer = gpt2_tokenizer()
+    tokenizer = tokenizer or gpt2_tokenizer(model)
     data = load_data(options.data, tokenizer)
     ours, theirs = data.tokenizer.vocab_size, model.config.vocab_size
     if ours > theirs or (tokenizer is None and ours != theirs):
@@ -143,7 +142,6 @@ def begin(options, given, device, dtype):
             f"was trained on, or start without --init_from"
         )
     options = choose_settings(replace(options, **found), given | set(found) | {"dropout"}, data, device, dtype)
-    data.check_length(options.block_size)
     return options, model, data
 
 

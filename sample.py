@@ -85,8 +85,7 @@ def sample(options):
     dtype = pick_dtype(options.dtype or ("float32" if device.type == "cpu" else None), device)
     prompt = read_prompt(options)
     model, tokenizer = load_model(options.out_dir)
-    if tokenizer is None and model.config.vocab_size >= 50257:
-        tokenizer = gpt2_tokenizer()
+    tokenizer = tokenizer or gpt2_tokenizer(model)
     if tokenizer is None:
         raise UserError(f"--out_dir {options.out_dir}: has no tokenizer; put the tokenizer.json of its run beside it")
     model.to(device, dtype).eval()

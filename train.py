@@ -210,7 +210,7 @@ class Run:
 
     def diverged(self, loss):
         """The error for a loss that is no number."""
-        kept = "" if self.best == float("inf") else f"; the best weights so far are kept in {self.options.out_dir}"
+        kept = "" if self.best == math.inf else f"; the best weights so far are kept in {self.options.out_dir}"
         return UserError(f"the loss is {loss} at step {self.step}: the run has diverged; lower --learning_rate{kept}")
 
 
