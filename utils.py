@@ -4,7 +4,8 @@ import os
 import time
 
 STARTED = time.perf_counter()  # before PyTorch is loaded: a run's seconds are those of the whole process
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # PyTorch's threads sleep while they wait: they often share a core
+if "OMP_WAIT_POLICY" not in os.environ:  # PyTorch's threads wait awake for some 20 us, then sleep: docs/speed.md
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 # isort: split
 import argparse
