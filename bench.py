@@ -48,6 +48,7 @@ SETTINGS = {
     ),
 }
 HERE = os.path.dirname(os.path.abspath(__file__))
+AS_PYTORCH_HAS_IT = dict(os.environ, GOMP_SPINCOUNT="300000")  # for peers: utils.py set this to another value for us
 VOCAB_SIZE = 65  # of Tiny Shakespeare's characters
 NEW_TOKENS = 250
 
@@ -271,7 +272,8 @@ def run_case(case, options):
     for name in ("nanogpt", "device"):
         if getattr(options, name) is not None:
             command += [f"--{name}", getattr(options, name)]
-    done = subprocess.run(command, capture_output=True, text=True)
+    env = None if case.startswith("ours|") else AS_PYTORCH_HAS_IT
+    done = subprocess.run(command, capture_output=True, text=True, env=env)
     if done.returncode != 0:
         raise UserError(f"measuring {case} failed: {(done.stderr.strip().splitlines() or ['?'])[-1]}")
     return json.loads(done.stdout.splitlines()[-1])
@@ -336,15 +338,15 @@ def nanogpt_run(clone, data, seed):
         )
         flags += " --n_head=4 --n_embd=128 --max_iters=2000 --lr_decay_iters=2000 --dropout=0.0 --dataset=ours"
         command = [sys.executable, "train.py", "config/train_shakespeare_char.py", *flags.split()]
-        seconds = timed(command, cwd=copy)
+        seconds = timed(command, cwd=copy, env=AS_PYTORCH_HAS_IT)
         model, _ = load_model(os.path.join(copy, "out-shakespeare-char", "ckpt.pt"))
         return dict(seconds=seconds, val_loss=validation_loss(model, data.val, 64))
 
 
-def timed(command, cwd=None):
+def timed(command, cwd=None, env=None):
     """Run a command; returns its seconds from start to exit. Raises UserError with its last line where it fails."""
     start = time.perf_counter()
-    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True)
     if done.returncode != 0:
         raise UserError(f"{' '.join(command)} failed: {(done.stderr.strip().splitlines() or ['?'])[-1]}")
     return time.perf_counter() - start

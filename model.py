@@ -13,6 +13,7 @@ are Unsupervised Multitask Learners" (GPT-2). Parameter names are those of GPT-2
 """
 
 import math
+import threading
 from dataclasses import dataclass
 
 import torch
@@ -116,6 +117,9 @@ def attention_written_out(q, k, v, p=0.0):
     return (weights @ v).view(B, H, T, D)
 
 
+dice = threading.local()  # dice.generator: random numbers of its own for a thread that computes beside others
+
+
 def dropout(x, p):
     """Set a random share p of x to zero and scale the rest to keep the mean (Srivastava et al. 2014).
 
@@ -125,7 +129,8 @@ def dropout(x, p):
     if x.device.type != "cpu" or p == 0:
         return F.dropout(x, p)
     threshold = min(max(round(256 * p), 1), 255)
-    draws = torch.empty((x.numel() + 7) // 8, dtype=torch.int64).random_(-(2**63), None).view(torch.uint8)
+    draws = torch.empty((x.numel() + 7) // 8, dtype=torch.int64)
+    draws = draws.random_(-(2**63), None, generator=getattr(dice, "generator", None)).view(torch.uint8)
     keep = draws[: x.numel()].ge_(threshold).view(x.shape)  # 1 with probability 1 - threshold / 256
     return x * keep.to(x.dtype).mul_(256 / (256 - threshold))
 

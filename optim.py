@@ -2,9 +2,11 @@
 
 import copy
 import math
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
+from model import dice
 from utils import UserError, autocast
 
 
@@ -23,12 +25,61 @@ def build_optimizers(model, options, device):
             raise UserError(f"--arch modern needs PyTorch 2.9 or newer for its Muon optimizer, not {torch.__version__}")
         matrices = [p for p in model.layers.parameters() if p.dim() == 2]
         rest = [p for p in model.parameters() if not any(p is m for m in matrices)]
-        muon = torch.optim.Muon(matrices, lr=options.matrix_lr, weight_decay=options.weight_decay, momentum=0.95)
+        muon = Muon(matrices, lr=options.matrix_lr, weight_decay=options.weight_decay, momentum=0.9)
         return [muon, torch.optim.AdamW(rest, weight_decay=0.0, eps=1e-10, **adamw)]
     matrices = [p for p in model.parameters() if p.dim() >= 2]
     vectors = [p for p in model.parameters() if p.dim() < 2]
     groups = [dict(params=matrices, weight_decay=options.weight_decay), dict(params=vectors, weight_decay=0.0)]
     return [torch.optim.AdamW(groups, **adamw)]
+
+
+class Muon(getattr(torch.optim, "Muon", object)):  # PyTorch 2.9
+    """torch.optim.Muon, twice as fast for small models, with singular values nearer to 1.
+
+    Matrices of one shape are stacked: one product for all of them instead of one for each. And the polynomial that
+    brings the singular values to 1 differs from step to step (POLAR_EXPRESS) where torch.optim.Muon has one for all.
+    """
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            of_shape = {}
+            for p in group["params"]:
+                if p.grad is not None:
+                    of_shape.setdefault(p.shape, []).append(p)
+            for (rows, columns), weights in of_shape.items():
+                grads = [p.grad for p in weights]
+                means = [self.state[p].setdefault("momentum_buffer", torch.zeros_like(p)) for p in weights]
+                torch._foreach_lerp_(means, grads, 1 - group["momentum"])
+                updates = torch._foreach_lerp(grads, means, group["momentum"])  # Nesterov's momentum
+                updates = orthogonal(torch.stack(updates))
+                torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
+                lr = group["lr"] * math.sqrt(max(1, rows / columns))
+                torch._foreach_add_(weights, updates.to(weights[0].dtype).unbind(), alpha=-lr)
+
+
+# The polynomials a x + b x^3 + c x^5 that, one after the other, bring numbers between 0.001 and 1 nearest to 1, with a
+# margin of 2 % for bfloat16's rounding (Amsel et al. 2025, "The Polar Express", section 3; the first four of five).
+POLAR_EXPRESS = (
+    (8.156554524902461, -22.48329292557795, 15.878769915207462),
+    (4.042929935166739, -2.808917465908714, 0.5000178451051316),
+    (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
+    (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
+)
+
+
+def orthogonal(x):
+    """Bring all singular values of each matrix in x (N, rows, columns) near 1, in bfloat16: the nearest orthogonal one.
+
+    A polynomial of odd powers of a matrix, x (a + b x^T x + c (x^T x)^2), is that polynomial of its singular values.
+    """
+    tall = x.size(1) > x.size(2)
+    x = (x.mT if tall else x).bfloat16()
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+    for a, b, c in POLAR_EXPRESS:
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.mT if tall else x
 
 
 def lr_share(step, progress, options):
@@ -59,16 +110,27 @@ class Learner:
         self.weights = list(model.parameters())
         self.copied = device.type == "cpu" and dtype == torch.bfloat16
         self.worker = copy.deepcopy(model).to(dtype) if self.copied else model
+        self.copies = list(self.worker.parameters())
         self.compute = self.worker  # may be replaced by torch.compile(self.worker)
+        self.pools = {}  # number of threads -> the threads
 
     def rows_at_once(self, T):
-        """How many of a step's windows of T tokens go through the model together; then the next, and gradients add up.
+        """How many of a step's windows of T tokens go through the model together, as one part of the step.
 
-        On a GPU the batch_size that was asked for. On a CPU some 2,048 tokens: then what one operation writes is still
-        in the cache when the next reads it, which makes the default model a third faster than its whole batch at once.
+        On a GPU the batch_size that was asked for. On a CPU some 1,024 tokens: then what one operation writes is still
+        in the cache when the next reads it.
         """
         rows = self.options.batch_size
-        return rows if self.device.type != "cpu" else min(rows, max(1, 2048 // T))
+        return rows if self.device.type != "cpu" else min(rows, max(1, 1024 // T))
+
+    def side_by_side(self, parts):
+        """How many of a step's parts are computed at the same time, each by its share of the CPU's cores.
+
+        A core that works on its own part need not wait for the others after each operation. Not with a compiled model,
+        nor with gradient checkpointing, which draws a part's dropout twice and from the random numbers of them all.
+        """
+        alone = self.device.type != "cpu" or self.compute is not self.worker or self.worker.gradient_checkpointing
+        return 1 if alone else min(parts, torch.get_num_threads())
 
     def loss(self, x, y):
         """The loss of windows x, y (B, T), with its graph."""
@@ -77,19 +139,38 @@ class Learner:
         with autocast(self.device, self.dtype):
             return self.compute(x, y)[1]
 
+    def gradients(self, x, y, share=1.0, seed=None):
+        """The loss of windows x, y (B, T) times share, and its gradient for each of self.copies.
+
+        seed: for a thread's own dropout, where several threads compute at once.
+        """
+        dice.generator = None if seed is None else torch.Generator().manual_seed(seed)
+        loss = self.loss(x, y) * share
+        return loss.detach(), torch.autograd.grad(self.scaler.scale(loss), self.copies)
+
+    def part_gradients(self, x, y):
+        """Yields the loss and gradients of each part of windows x, y, in order; they add up to those of all windows."""
+        rows = self.rows_at_once(x.size(1))
+        parts = [(a, b, len(a) / len(x)) for a, b in zip(x.split(rows), y.split(rows))]
+        threads = self.side_by_side(len(parts))
+        if threads == 1:
+            return (self.gradients(*part) for part in parts)
+        if threads not in self.pools:
+            cores = max(1, torch.get_num_threads() // threads)
+            self.pools[threads] = ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(cores,))
+        seeds = torch.randint(2**62, (len(parts),)).tolist()
+        return self.pools[threads].map(lambda part, seed: self.gradients(*part, seed), parts, seeds)
+
     def step(self, x, y, lr_share):
         """Update the weights once from x, y (batch_size * gradient_accumulation_steps, T).
 
         lr_share: the share of each group's highest learning rate. Returns the loss in nats per token and the norm of
         the gradient before clipping, as tensors: reading their value would make the CPU wait for the GPU.
         """
-        rows, total = self.rows_at_once(x.size(1)), 0.0
-        for x_part, y_part in zip(x.split(rows), y.split(rows)):
-            loss = self.loss(x_part, y_part) * (len(x_part) / len(x))  # the parts add up to the mean over all windows
-            self.scaler.scale(loss).backward()
-            total = total + loss.detach()
-            if self.copied:
-                self._collect_gradients()
+        total = 0.0
+        for loss, gradients in self.part_gradients(x, y):
+            total = total + loss
+            self._add(gradients)
         for optimizer, highest in zip(self.optimizers, self.highest):
             self.scaler.unscale_(optimizer)
             for group, lr in zip(optimizer.param_groups, highest):
@@ -105,16 +186,18 @@ class Learner:
             self.refresh()
         return total, norm
 
-    def _collect_gradients(self):
-        """Move the copy's gradients to the float32 weights."""
-        for weight, low in zip(self.weights, self.worker.parameters()):
-            weight.grad = low.grad.float() if weight.grad is None else weight.grad.add_(low.grad)
-            low.grad = None
+    def _add(self, gradients):
+        """Add a part's gradients to those of the float32 weights."""
+        if self.weights[0].grad is not None:
+            torch._foreach_add_([weight.grad for weight in self.weights], list(gradients))
+            return
+        for weight, gradient in zip(self.weights, gradients):
+            weight.grad = gradient.to(weight.dtype)
 
     @torch.no_grad()
     def refresh(self):
         """Give the copy the weights as they are now."""
-        for weight, low in zip(self.weights, self.worker.parameters()):
+        for low, weight in zip(self.copies, self.weights):
             low.copy_(weight)
 
     def state_dict(self):

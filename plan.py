@@ -91,7 +91,7 @@ def choose_settings(options, given, data, device, dtype):
         chosen.update(sizes)
     arch = options.arch if "arch" in given or options.minutes is None else chosen["arch"]
     if arch == "modern":
-        chosen.update(MODERN)
+        chosen = {**MODERN, **chosen}
     elif options.minutes is not None:
         chosen.update(learning_rate=2e-3, min_lr=0.0)
     chosen = {name: value for name, value in chosen.items() if name not in given}
@@ -176,10 +176,10 @@ def resume(options, given):
 # What to train, by the work that the machine's matrix products can do in the time, in FLOP. The smallest model is the
 # best one at first because it takes the most steps; each next size needs about five times the work to catch up.
 SIZES = (
-    (3e13, dict(n_layer=4, n_embd=128, n_head=4, block_size=64, batch_size=32)),
-    (3e14, dict(n_layer=4, n_embd=192, n_head=3, block_size=128, batch_size=16)),
-    (3e15, dict(n_layer=5, n_embd=256, n_head=4, block_size=256, batch_size=8)),
-    (1e18, dict(n_layer=6, n_embd=384, n_head=6, block_size=256, batch_size=64)),
+    (3e13, dict(n_layer=4, n_embd=128, n_head=2, block_size=64, batch_size=32, matrix_lr=0.045, learning_rate=0.024)),
+    (3e14, dict(n_layer=4, n_embd=192, n_head=3, block_size=256, batch_size=8, matrix_lr=0.02, learning_rate=0.006)),
+    (3e15, dict(n_layer=5, n_embd=256, n_head=4, block_size=256, batch_size=16, matrix_lr=0.02, learning_rate=0.006)),
+    (1e18, dict(n_layer=6, n_embd=384, n_head=6, block_size=256, batch_size=64, matrix_lr=0.02, learning_rate=0.004)),
     (math.inf, dict(n_layer=12, n_embd=768, n_head=12, block_size=512, batch_size=64)),
 )
 STEPS_WITHOUT_END = 10**9  # max_iters where the clock ends the run
@@ -224,15 +224,13 @@ def matmul_peak(device, dtype, size=2048):
 
 def seconds_per_token(learner, x, y):
     """Time a small forward and backward pass over some of x, y (B, T). Leaves no trace: no gradients, same dice."""
-    rows = max(1, min(len(x), 2048 // x.size(1)))
+    rows = min(len(x), learner.rows_at_once(x.size(1)) * torch.get_num_threads())
     with torch.random.fork_rng():
         for _ in range(3):  # the first runs warm up
             start = time.perf_counter()
-            loss = learner.loss(x[:rows], y[:rows])
-            loss.backward()
-            loss.item()  # waits for the device
+            losses = [loss for loss, _ in learner.part_gradients(x[:rows], y[:rows])]
+            losses[-1].item()  # waits for the device
             seconds = time.perf_counter() - start
-    learner.worker.zero_grad(set_to_none=True)
     return seconds / (rows * x.size(1))
 
 
@@ -263,10 +261,9 @@ def maybe_compile(learner, x, y, forced, seconds):
         learner.compute = torch.compile(learner.worker)
         with torch.random.fork_rng():
             rows = learner.rows_at_once(x.size(1))
-            learner.loss(x[:rows], y[:rows]).backward()
+            list(learner.part_gradients(x[:rows], y[:rows]))
     except Exception as error:  # a missing compiler shows as many kinds of error, depending on the platform
         reason = (str(error).strip().splitlines() or [""])[0][:100]
         print(f"compile: there is no working compiler here, running uncompiled ({type(error).__name__}: {reason})")
         torch._dynamo.reset()
         learner.compute = learner.worker
-    learner.worker.zero_grad(set_to_none=True)

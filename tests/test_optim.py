@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 import model as model_file
+import optim
 import plan
 import train
 from data import load_data, validation_loss
@@ -106,7 +107,7 @@ def test_of_a_modern_model_muon_gets_the_matrices_of_the_layers_and_adamw_the_re
     assert all(n.endswith(in_a_layer) for n in by_muon)
     assert sorted(by_adamw) == sorted(["wte.weight", "lm_head.weight", "layers.0.shift", "layers.1.shift"])
     assert sorted(by_muon + by_adamw) == sorted(names.values())
-    assert [(g["weight_decay"], g["lr"], g["momentum"]) for g in muon.param_groups] == [(0.3, 0.05, 0.95)]
+    assert [(g["weight_decay"], g["lr"], g["momentum"]) for g in muon.param_groups] == [(0.3, 0.05, 0.9)]
     assert [(g["weight_decay"], g["lr"], g["betas"]) for g in adamw.param_groups] == [(0.0, 1e-2, (0.8, 0.95))]
 
 
@@ -210,14 +211,15 @@ def test_a_step_is_what_plain_pytorch_does(make_model):
 
 
 @needs_muon
-def test_a_step_of_a_modern_model_is_what_plain_pytorch_does():
+def test_a_step_of_a_modern_model_is_what_plain_pytorch_does(monkeypatch):
+    monkeypatch.setattr(optim, "POLAR_EXPRESS", 5 * ((3.4445, -4.775, 2.0315),))  # torch.optim.Muon's polynomial
     learner = make_learner("modern", matrix_lr=0.02, weight_decay=0.1, grad_clip=0.5)
     batches, plain = make_batch(learner.options, steps=3), copy.deepcopy(learner.model)
     found = take_steps(learner, batches)
 
     matrices = [p for name, p in plain.named_parameters() if name.startswith("layers.") and p.dim() == 2]
     rest = [p for name, p in plain.named_parameters() if not name.startswith("layers.") or p.dim() < 2]
-    muon = torch.optim.Muon(matrices, lr=0.02, weight_decay=0.1, momentum=0.95)
+    muon = torch.optim.Muon(matrices, lr=0.02, weight_decay=0.1, momentum=0.9)
     adamw = torch.optim.AdamW(
         rest, lr=1e-2, betas=(learner.options.beta1, learner.options.beta2), eps=1e-10, weight_decay=0.0, fused=True
     )
@@ -230,9 +232,37 @@ def test_a_step_of_a_modern_model_is_what_plain_pytorch_does():
         muon.step()
         adamw.step()
         expected.append(loss.item())
-    assert found == pytest.approx(expected, abs=1e-6)
+    assert found == pytest.approx(expected, abs=1e-4)  # an update of 0.02 in bfloat16 is rounded in its third digit
     for p, q in zip(learner.model.parameters(), plain.parameters()):
-        torch.testing.assert_close(p, q, atol=1e-6, rtol=0)
+        torch.testing.assert_close(p, q, atol=5e-4, rtol=0)
+
+
+@needs_muon
+@pytest.mark.parametrize("shape", [(8, 8), (32, 8), (8, 32), (1, 8), (192, 768)])
+def test_an_update_by_muon_has_singular_values_near_1_and_the_directions_of_the_gradient(shape):
+    x = torch.randn(3, *shape, generator=torch.Generator().manual_seed(0))
+    found = optim.orthogonal(x).float()
+    assert found.shape == x.shape
+    for matrix, before in zip(found, x):
+        u, s, vt = torch.linalg.svd(before, full_matrices=False)
+        exact = u @ vt  # the nearest orthogonal matrix
+        assert torch.linalg.svdvals(matrix)[s > 0.02 * s.norm()].sub(1).abs().max() < 0.65  # as torch.optim.Muon's
+        assert F.cosine_similarity(matrix.flatten(), exact.flatten(), dim=0) > 0.9
+
+
+@needs_muon
+def test_muon_steps_each_shape_by_itself_and_leaves_weights_without_gradient_alone():
+    weights = [torch.nn.Parameter(torch.randn(shape)) for shape in ((4, 8), (8, 4), (4, 8), (4, 4))]
+    before = [p.detach().clone() for p in weights]
+    muon = optim.Muon(weights, lr=0.1, weight_decay=0.5)
+    for p in weights[:3]:
+        p.grad = torch.randn_like(p)
+    muon.step()
+    assert torch.equal(weights[3], before[3]) and weights[3] not in muon.state
+    for p, old, gradient in zip(weights[:3], before, [p.grad for p in weights]):
+        scale = 0.1 * max(1, p.size(0) / p.size(1)) ** 0.5
+        update = scale * optim.orthogonal(gradient[None])[0].float()
+        torch.testing.assert_close(p.detach(), old * 0.95 - update, atol=0.06 * scale, rtol=0)  # bfloat16's rounding
 
 
 @pytest.mark.parametrize("batch_size, steps", [(16, 4), (1, 64), (32, 2)])
@@ -260,9 +290,9 @@ def test_the_gradients_of_the_parts_add_up_to_that_of_the_whole_batch_though_the
         torch.testing.assert_close(grad, expected[name], atol=1e-6, rtol=0, msg=name)
 
 
-def test_on_a_cpu_some_2048_tokens_go_through_together_and_on_a_gpu_the_batch_size():
+def test_on_a_cpu_some_1024_tokens_go_through_together_and_on_a_gpu_the_batch_size():
     learner = make_learner(batch_size=64)
-    assert [learner.rows_at_once(T) for T in (16, 32, 33, 256, 2048, 5000)] == [64, 64, 62, 8, 1, 1]
+    assert [learner.rows_at_once(T) for T in (16, 32, 33, 256, 2048, 5000)] == [64, 32, 31, 4, 1, 1]
     learner.device = torch.device("cuda")
     assert [learner.rows_at_once(T) for T in (16, 256, 5000)] == [64, 64, 64]
 
@@ -272,7 +302,72 @@ def test_a_step_takes_its_windows_in_parts_of_that_many():
     ((x, y),) = make_batch(learner.options)
     learner.model.register_forward_pre_hook(lambda _, inputs: seen.append(len(inputs[0])))
     learner.step(x, y, 1.0)
-    assert seen == [4, 4, 2]
+    assert seen == [2, 2, 2, 2, 2]
+
+
+@pytest.fixture
+def three_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    yield
+    torch.set_num_threads(before)
+
+
+def learner_in_parts(threads, arch="gpt", dtype=torch.float32, **sizes):
+    """A learner of steps in 4 parts, of which so many are computed at the same time."""
+    learner = make_learner(arch, dtype, batch_size=8, grad_clip=0.0, **sizes)
+    learner.rows_at_once = lambda T: 2
+    learner.side_by_side = lambda parts: threads
+    return learner
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("arch", ARCHS)
+def test_parts_side_by_side_give_the_gradients_of_one_after_the_other(three_threads, arch, dtype):
+    ((x, y),) = make_batch(make_options(batch_size=8))
+    expected = gradients(learner_in_parts(1, arch, dtype), x, y)
+    for threads in (2, 3, 4):
+        for name, grad in gradients(learner_in_parts(threads, arch, dtype), x, y).items():
+            atol = 1e-6 if dtype == torch.float32 else 0.02 * float(expected[name].abs().max())
+            torch.testing.assert_close(grad, expected[name], atol=atol, rtol=1e-5, msg=name)
+
+
+def test_dropout_side_by_side_can_be_repeated_and_differs_from_part_to_part_and_step_to_step(three_threads):
+    ((x, y),) = make_batch(make_options(batch_size=8))
+    x, y = x[:2].repeat(4, 1), y[:2].repeat(4, 1)  # the same windows in each part
+    learner = learner_in_parts(3, dropout=0.5)
+    losses = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        losses.append([[loss.item() for loss, _ in learner.part_gradients(x, y)] for _ in range(2)])
+    assert losses[0] == losses[1] != losses[2]
+    assert len({loss for step in losses[0] + losses[2] for loss in step}) == 16
+
+
+def test_which_parts_are_computed_side_by_side(three_threads):
+    learner = make_learner()
+    assert [learner.side_by_side(parts) for parts in (1, 2, 3, 40)] == [1, 2, 3, 3]
+    learner.worker.gradient_checkpointing = True
+    assert learner.side_by_side(40) == 1
+    learner.worker.gradient_checkpointing, learner.compute = False, lambda x, y: None  # compiled
+    assert learner.side_by_side(40) == 1
+    learner = make_learner()
+    learner.device = torch.device("cuda")
+    assert learner.side_by_side(40) == 1
+
+
+@pytest.mark.parametrize("p", [0.2, 0.5])
+def test_gradient_checkpointing_with_dropout_computes_the_same_dropout_twice(three_threads, p):
+    ((x, y),) = make_batch(make_options(batch_size=64))
+    found = []
+    for checkpointing in (False, True):
+        learner = make_learner(batch_size=64, dropout=p, grad_clip=0.0)
+        learner.rows_at_once, learner.worker.gradient_checkpointing = (lambda T: 32), checkpointing
+        learner.side_by_side = (lambda parts: 1) if not checkpointing else learner.side_by_side
+        torch.manual_seed(7)
+        found.append(gradients(learner, x, y))
+    for name, grad in found[0].items():
+        torch.testing.assert_close(grad, found[1][name], atol=1e-6, rtol=1e-5, msg=name)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
