@@ -94,6 +94,7 @@ def choose_settings(options, given, data, device, dtype):
         chosen = {**MODERN, **chosen}
     elif options.minutes is not None:
         chosen.update(learning_rate=2e-3, min_lr=0.0)
+        chosen.pop("matrix_lr", None)
     chosen = {name: value for name, value in chosen.items() if name not in given}
     if options.minutes is not None:
         shown = {name: value for name, value in chosen.items() if name != "max_iters"}

@@ -261,8 +261,9 @@ def test_muon_steps_each_shape_by_itself_and_leaves_weights_without_gradient_alo
     assert torch.equal(weights[3], before[3]) and weights[3] not in muon.state
     for p, old, gradient in zip(weights[:3], before, [p.grad for p in weights]):
         scale = 0.1 * max(1, p.size(0) / p.size(1)) ** 0.5
-        update = scale * optim.orthogonal(gradient[None])[0].float()
-        torch.testing.assert_close(p.detach(), old * 0.95 - update, atol=0.06 * scale, rtol=0)  # bfloat16's rounding
+        nesterov = gradient.lerp(torch.zeros_like(gradient).lerp(gradient, 0.05), 0.95)
+        update = scale * optim.orthogonal(nesterov[None])[0].float()
+        torch.testing.assert_close(p.detach(), old * 0.95 - update, atol=0.01 * scale, rtol=0)  # bfloat16's rounding
 
 
 @pytest.mark.parametrize("batch_size, steps", [(16, 4), (1, 64), (32, 2)])
