@@ -1,10 +1,11 @@
-"""From a model to text: a cache, how to pick the next token, and two ways to write.
+"""From a model to text: a cache, how to pick the next token, and three ways to write.
 
-    logits --next_token_probs(temperature, top_k, top_p)--> probabilities --pick--> token      pure functions
+    logits --next_token_probs(temperature, top_k, top_p, min_p)--> probabilities --pick--> token      pure functions
     generate()       samples, one token after another, and yields each as it comes
+    speculate()      the same, faster: checks several guessed tokens in one pass of the model
     beam_search()    keeps the few most probable continuations and returns the best
 
-Any model with `logits, loss = model(idx, cache=cache)` and `model.config.block_size` can be used.
+Any model with `logits, loss = model(idx, cache=cache, last=n)` and `model.config.block_size` can be used.
 
 When a text grows past block_size, the model goes on with the newest half of its window: it drops the older half, reads
 the rest once more, and has room for block_size / 2 further tokens. So a token costs the same however long the text is.
@@ -12,7 +13,7 @@ the rest once more, and has room for block_size / 2 further tokens. So a token c
 
 import heapq
 from dataclasses import dataclass
-from typing import List
+from typing import List, Optional
 
 import torch
 import torch.nn.functional as F
@@ -22,12 +23,15 @@ import torch.nn.functional as F
 
 
 class LayerCache:
-    """One layer's keys and values of the tokens read so far: each (B, H, block_size, D), `length` of it filled."""
+    """One layer's keys and values of the tokens read so far: each (B, H, block_size, D), `length` of it filled.
 
-    def __init__(self, block_size):
-        self.block_size, self.length = block_size, 0
+    pad: None, or (B,) int64, how many of a row's first positions hold no token (see `generate`).
+    """
+
+    def __init__(self, block_size, pad=None):
+        self.block_size, self.length, self.pad = block_size, 0, pad
         self.k = self.v = None  # made at the first append, when shape, device and type are known
-        self.last = None  # modern.py's token shift looks one position back
+        self.last = None  # (B, T, C): modern.py's token shift looks one position back
 
     def append(self, k, v):
         """Add the keys and values (B, H, T, D) of T more tokens; returns those of all S tokens, (B, H, S, D)."""
@@ -42,34 +46,58 @@ class LayerCache:
 
     def previous(self, x):
         """x (B, T, C) one position earlier: what the position before these T was, then the first T - 1 of them."""
-        before = torch.zeros_like(x[:, :1]) if self.last is None else self.last
-        self.last = x[:, -1:]
-        return torch.cat([before, x[:, :-1]], dim=1)
+        before = torch.zeros_like(x[:, :1]) if self.last is None else self.last[:, -1:]
+        self.last = x
+        before = torch.cat([before, x[:, :-1]], dim=1)
+        if self.pad is not None:  # before a row's first token there is nothing
+            positions = self.length + torch.arange(x.size(1), device=x.device)
+            before = before * (positions > self.pad[:, None])[:, :, None]
+        return before
 
-    def clear(self):
-        self.length, self.last = 0, None
+    def clear(self, pad=None):
+        self.length, self.last, self.pad = 0, None, pad
+
+    def forget(self, n):
+        """Forget the last n tokens; fewer than the last call read."""
+        if n > 0:
+            self.length -= n
+            self.last = None if self.last is None else self.last[:, :-n]
 
     def select(self, rows):
         """Make row i of the batch what row `rows[i]` was."""
-        self.k, self.v = self.k.index_select(0, rows), self.v.index_select(0, rows)
+        filled_k, filled_v = (t[:, :, : self.length].index_select(0, rows) for t in (self.k, self.v))
+        if len(rows) != len(self.k):
+            self.k, self.v = (t.new_empty(len(rows), *t.shape[1:]) for t in (self.k, self.v))
+        self.k[:, :, : self.length], self.v[:, :, : self.length] = filled_k, filled_v
         if self.last is not None:
-            self.last = self.last.index_select(0, rows)
+            self.last = self.last[:, -1:].index_select(0, rows)
 
 
 class KVCache:
     """The keys and values of every layer. `model(idx, cache=cache)` continues after the tokens in it."""
 
-    def __init__(self, config):
-        self.layers = [LayerCache(config.block_size) for _ in range(config.n_layer)]
+    def __init__(self, config, pad=None):
+        self.layers = [LayerCache(config.block_size, pad) for _ in range(config.n_layer)]
 
     @property
     def length(self):
         return self.layers[0].length
 
-    def clear(self):
+    def positions(self, T, device):
+        """Where the next T tokens stand, counted from each row's first: (T,), or (B, T) where rows are padded."""
+        positions = torch.arange(self.length, self.length + T, device=device)
+        pad = self.layers[0].pad
+        return positions if pad is None else (positions - pad[:, None]).clamp(min=0)
+
+    def clear(self, pad=None):
         """Forget all tokens, and keep the memory."""
         for layer in self.layers:
-            layer.clear()
+            layer.clear(pad)
+
+    def forget(self, n):
+        """Forget the last n tokens, fewer than the last call of the model read: guesses that were wrong."""
+        for layer in self.layers:
+            layer.forget(n)
 
     def select(self, rows):
         """Make row i of the batch what row `rows[i]` was: beam search drops some rows and doubles others."""
@@ -81,38 +109,57 @@ class Reader:
     """Reads a text that grows at its end, and gives the logits of what comes next.
 
     With use_cache=False every call reads the whole window again: slower, plainer, and the same logits.
+    pad: None, or (B,) int64, how many of the first tokens of each row are none of its text.
     """
 
-    def __init__(self, model, use_cache=True):
-        self.model, self.block_size = model, model.config.block_size
-        self.cache = KVCache(model.config) if use_cache else None
+    def __init__(self, model, use_cache=True, pad=None):
+        self.model, self.block_size, self.use_cache, self.pad = model, model.config.block_size, use_cache, pad
+        self.cache = None
         self.start = None  # where in the text the window begins
 
-    def next_logits(self, text):
-        """text: (B, N) int64, all tokens so far. Returns the float32 logits of token N: (B, V)."""
+    def room(self, N):
+        """How many more tokens than these N fit into the window."""
+        start = max(0, N - self.block_size) if self.start is None else self.start
+        return self.block_size - (N - start)
+
+    def next_logits(self, text, last=1):
+        """text: (B, N) int64, all tokens so far. Returns the float32 logits of what follows the last token, (B, V);
+        with last above 1 of what follows each of that many, (B, last, V)."""
         N = text.size(1)
         if self.start is None:
-            self.start = max(0, N - self.block_size)  # of a longer prompt, the last block_size tokens count
+            self._begin(max(0, N - self.block_size))  # of a longer prompt, the last block_size tokens count
         elif N - self.start > self.block_size:
-            self.start = N - max(1, self.block_size // 2)  # the window is full: keep its newest half
-            if self.cache is not None:
-                self.cache.clear()
-        new = text[:, self.start + (self.cache.length if self.cache is not None else 0) :]
-        logits, _ = self.model(new, cache=self.cache)
-        return logits[:, -1].float()
+            self._begin(N - max(1, self.block_size // 2))  # the window is full: keep its newest half
+        elif not self.use_cache:
+            self._begin(self.start)
+        read = 0 if self.cache is None else self.cache.length
+        logits, _ = self.model(text[:, self.start + read :], cache=self.cache, last=last)
+        return logits[:, -1].float() if last == 1 else logits.float()
+
+    def _begin(self, start):
+        """Read from position `start` of the text on, with nothing in the cache."""
+        self.start = start
+        if not self.use_cache and self.pad is None:
+            return
+        pad = None if self.pad is None else (self.pad - start).clamp(min=0)
+        if self.cache is None:
+            self.cache = KVCache(self.model.config, pad)
+        else:
+            self.cache.clear(pad)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # From logits to a token
 
 
-def next_token_probs(logits, temperature=1.0, top_k=None, top_p=None):
+def next_token_probs(logits, temperature=1.0, top_k=None, top_p=None, min_p=None):
     """The distribution to draw the next token from: logits (..., V) -> probabilities (..., V), float32.
 
     temperature: below 1 prefers the likely tokens more, above 1 less; 0 gives all to the most likely one (greedy).
     top_k: only the k most likely tokens stay; None, 0 or anything above V keeps all (Fan et al. 2018).
     top_p: only the fewest most likely tokens that together reach p stay, at least one (Holtzman et al. 2020, nucleus).
-    Top-k is applied first, top-p to what it left, both after the temperature.
+    min_p: only tokens at least min_p times as probable as the likeliest stay (Nguyen et al. 2024).
+    They apply in that order: the temperature, then top-k, and top-p and min-p to what was left.
     """
     logits = logits.float()
     if temperature < 1e-5:  # finer than float32 tells logits apart, and dividing by it could overflow
@@ -128,7 +175,21 @@ def next_token_probs(logits, temperature=1.0, top_k=None, top_p=None):
         ordered = ordered.masked_fill((before >= top_p) & (before > 0), 0.0)
         probs = torch.zeros_like(probs).scatter(-1, ids, ordered)
         probs = probs / probs.sum(dim=-1, keepdim=True)
+    if min_p:
+        probs = probs.masked_fill(probs < min_p * probs.amax(dim=-1, keepdim=True), 0.0)
+        probs = probs / probs.sum(dim=-1, keepdim=True)
     return probs
+
+
+def penalize_repetition(logits, text, penalty):
+    """Make every token that is in a row's text less likely: logits (B, V), text (B, N) -> (B, V).
+
+    Positive logits are divided by the penalty, negative ones multiplied (Keskar et al. 2019, CTRL, 4.1).
+    """
+    if penalty == 1.0:
+        return logits
+    seen = logits.gather(-1, text)
+    return logits.scatter(-1, text, torch.where(seen > 0, seen / penalty, seen * penalty))
 
 
 def pick(probs, generator=None):
@@ -140,18 +201,105 @@ def pick(probs, generator=None):
 # Sampling
 
 
+@dataclass
+class Sampling:
+    """How tokens are drawn: what next_token_probs and penalize_repetition take, as one thing."""
+
+    temperature: float = 1.0
+    top_k: Optional[int] = None
+    top_p: Optional[float] = None
+    min_p: Optional[float] = None
+    repetition_penalty: float = 1.0
+
+    def probs(self, logits, text):
+        """The distribution of the token after text (B, N), from its logits (B, V): (B, V)."""
+        logits = penalize_repetition(logits, text, self.repetition_penalty)
+        return next_token_probs(logits, self.temperature, self.top_k, self.top_p, self.min_p)
+
+
 @torch.inference_mode()
-def generate(model, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, generator=None, use_cache=True):
+def generate(
+    model,
+    idx,
+    max_new_tokens,
+    temperature=1.0,
+    top_k=None,
+    top_p=None,
+    min_p=None,
+    repetition_penalty=1.0,
+    generator=None,
+    use_cache=True,
+    pad=None,
+    sampling=None,
+    reader=None,
+):
     """Continue each row of idx (B, T), T >= 1, by max_new_tokens tokens; yields them one step at a time, (B,) int64.
 
     generator: a torch.Generator on the model's device; the same seed gives the same tokens.
+    pad: (B,) int64, for prompts of different lengths: row i begins with pad[i] < T tokens that are not read.
+    sampling: a Sampling, in place of the five settings. reader: the Reader that has read a beginning of idx already.
     """
-    text, reader = idx, Reader(model, use_cache)
+    sampling = sampling or Sampling(temperature, top_k, top_p, min_p, repetition_penalty)
+    text, reader = idx, reader or Reader(model, use_cache, pad)
     for _ in range(max_new_tokens):
-        probs = next_token_probs(reader.next_logits(text), temperature, top_k, top_p)
+        probs = sampling.probs(reader.next_logits(text), text)
         token = pick(probs, generator)
         text = torch.cat([text, token[:, None]], dim=1)
         yield token
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Speculative decoding: several tokens for one pass of the model
+
+
+class Speculation:
+    """How a draft fares: `tokens` were written in `passes` of the model; of `guessed` tokens, `accepted` were right."""
+
+    def __init__(self):
+        self.tokens = self.passes = self.guessed = self.accepted = 0
+
+
+@torch.inference_mode()
+def speculate(model, idx, max_new_tokens, draft, guesses=4, sampling=None, generator=None, counts=None, reader=None):
+    """What `generate` yields for one row, idx (1, T), in fewer passes of the model (Leviathan et al. 2023, 2.3).
+
+    draft: `draft.propose(tokens, n) -> up to n tokens`, a cheap guess of how a list of tokens goes on (draft.py).
+    The model reads the guesses in one pass, which takes little longer than one token, and so has the distribution p at
+    each of them. A guess x is accepted with probability p(x); if not, the token is drawn from p without x, and the rest
+    of the guesses is forgotten. Each token is then drawn exactly from p: x with p(x), any other y with
+    (1 - p(x)) * p(y) / (1 - p(x)).
+
+    sampling: a Sampling. counts: a Speculation that is kept up to date. reader: as in generate.
+    """
+    sampling, counts = sampling or Sampling(), counts or Speculation()
+    text, reader, known = idx, reader or Reader(model), idx[0].tolist()
+    left = max_new_tokens
+    while left > 0:
+        n = min(guesses, left - 1, max(0, reader.room(text.size(1))))
+        guessed = draft.propose(known, n) if n > 0 else []
+        text = torch.cat([text, text.new_tensor([guessed])], dim=1) if guessed else text  # (1, N + g)
+        N = text.size(1) - len(guessed)
+        logits = reader.next_logits(text, last=1 + len(guessed)).view(1, 1 + len(guessed), -1)
+        written = []
+        for i in range(1 + len(guessed)):
+            probs = sampling.probs(logits[:, i], text[:, : N + i])  # (1, V)
+            if i == len(guessed):
+                written.append(int(pick(probs, generator)))
+                break
+            if torch.rand((), generator=generator, device=idx.device) < probs[0, guessed[i]]:
+                written.append(guessed[i])
+                continue
+            probs[0, guessed[i]] = 0.0
+            written.append(int(pick(probs, generator)))
+            break
+        reader.cache.forget(1 + len(guessed) - len(written))
+        text = torch.cat([text[:, :N], text.new_tensor([written])], dim=1)
+        known += written
+        left -= len(written)
+        counts.tokens, counts.passes = counts.tokens + len(written), counts.passes + 1
+        counts.guessed, counts.accepted = counts.guessed + len(guessed), counts.accepted + len(written) - 1
+        for token in written:
+            yield text.new_tensor([token])
 
 
 # ---------------------------------------------------------------------------------------------------------------------

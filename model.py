@@ -83,25 +83,33 @@ class CausalSelfAttention(nn.Module):
         q, k, v = (t.view(B, T, self.n_head, C // self.n_head).transpose(1, 2) for t in (q, k, v))  # (B, H, T, D)
         if cache is not None:
             k, v = cache.append(k, v)  # (B, H, S, D): the S - T tokens read before, then these T
-        y = attention(q, k, v, self.dropout if self.training else 0.0)  # (B, H, T, D)
+        y = attention(q, k, v, self.dropout if self.training else 0.0, cache and cache.pad)  # (B, H, T, D)
         y = y.transpose(1, 2).reshape(B, T, C)  # the heads' outputs side by side again
         return self.resid_dropout(self.c_proj(y))
 
 
-def attention(q, k, v, dropout=0.0):
+def attention(q, k, v, dropout=0.0, pad=None):
     """softmax(q k^T / sqrt(D)) v with a causal mask: the last T of S positions look at themselves and what is before.
 
-    q is (B, H, T, D), k and v are (B, H, S, D) with S >= T; returns (B, H, T, D). PyTorch's fused kernel computes it
-    without keeping the (T, S) scores (Dao et al. 2022, FlashAttention). Only for training on a CPU, in bfloat16 or with
-    dropout, is the formula written out the faster of the two, up to 1024 positions; they agree to rounding.
+    q is (B, H, T, D), k and v are (B, H, S, D) with S >= T; returns (B, H, T, D). pad: None, or (B,) int64, how many of
+    a row's first positions nobody looks at, because its text is shorter than the others'.
+
+    PyTorch's fused kernel computes it without keeping the (T, S) scores (Dao et al. 2022, FlashAttention). Only for
+    training on a CPU, in bfloat16 or with dropout, is the formula written out the faster of the two, up to 1024
+    positions; they agree to rounding.
     """
     T, S = q.size(2), k.size(2)
     written_out_is_faster = q.device.type == "cpu" and (q.dtype == torch.bfloat16 or dropout > 0) and T <= 1024
     if T == S and q.requires_grad and written_out_is_faster:
         return attention_written_out(q, k, v, dropout)
-    if T == S:
+    if T == S and pad is None:
         return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
     mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T) if T > 1 else None  # one query sees all
+    if pad is not None:
+        position = torch.arange(S, device=q.device)
+        real = (position >= pad[:, None])[:, None, None]  # (B, 1, 1, S)
+        itself = position == position[S - T :, None]  # (T, S): softmax over nothing would be no number
+        mask = (real if mask is None else real & mask) | itself  # (B, 1, T, S)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
 
 
@@ -210,15 +218,16 @@ class GPT(nn.Module):
             elif name.endswith("bias"):
                 nn.init.zeros_(p)
 
-    def forward(self, idx, targets=None, cache=None):
+    def forward(self, idx, targets=None, cache=None, last=1):
         """Predict the token after each position.
 
         idx: (B, T) int64 token ids. targets: (B, T) int64, the token that should follow each; -1 is ignored.
         cache: what generate.KVCache keeps of the tokens already read; idx then continues them.
 
+        last: without targets, of how many positions the logits are wanted.
+
         Returns (logits, loss). With targets: logits (B, T, V) and the mean cross-entropy in nats per token. Without:
-        the logits of the last position only, (B, 1, V), and None. Raises ValueError when there are more than block_size
-        tokens.
+        logits (B, last, V) and None. Raises ValueError when there are more than block_size tokens.
         """
         T = idx.size(1)
         start = 0 if cache is None else cache.length
@@ -226,7 +235,7 @@ class GPT(nn.Module):
             raise ValueError(
                 f"{start + T} tokens do not fit in block_size {self.config.block_size}; keep the last ones"
             )
-        positions = torch.arange(start, start + T, device=idx.device)  # (T,)
+        positions = torch.arange(T, device=idx.device) if cache is None else cache.positions(T, idx.device)  # (T,)
         x = self.transformer.wte(idx) + self.transformer.wpe(positions)  # (B, T, C) + (T, C)
         x = self.transformer.drop(x)
         for i, block in enumerate(self.transformer.h):
@@ -235,7 +244,7 @@ class GPT(nn.Module):
             else:
                 x = block(x, None if cache is None else cache.layers[i])
         if targets is None:
-            return self.lm_head(self.transformer.ln_f(x[:, -1:])), None  # (B, 1, V)
+            return self.lm_head(self.transformer.ln_f(x[:, -last:])), None  # (B, last, V)
         logits = self.lm_head(self.transformer.ln_f(x))  # (B, T, V)
         loss = F.cross_entropy(logits.view(-1, logits.size(-1)).float(), targets.reshape(-1), ignore_index=-1)
         return logits, loss

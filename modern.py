@@ -91,7 +91,7 @@ class CausalSelfAttention(nn.Module):
         v = qkv[2]
         if cache is not None:
             k, v = cache.append(k, v)  # (B, H, S, D)
-        y = attention(q, k, v, self.dropout if self.training else 0.0)
+        y = attention(q, k, v, self.dropout if self.training else 0.0, cache and cache.pad)
         return self.resid_dropout(self.c_proj(y.transpose(1, 2).reshape(B, T, C)))
 
 
@@ -162,8 +162,8 @@ class Modern(nn.Module):
                 bound = 0.5 * math.sqrt(3 / p.size(1))  # a standard deviation of 0.5 / sqrt(C)
                 nn.init.uniform_(p, -bound, bound)
 
-    def forward(self, idx, targets=None, cache=None):
-        """As model.GPT.forward: idx and targets (B, T) int64 -> (logits (B, T, V) or (B, 1, V), loss or None)."""
+    def forward(self, idx, targets=None, cache=None, last=1):
+        """As model.GPT.forward: idx and targets (B, T) int64 -> (logits (B, T, V) or (B, last, V), loss or None)."""
         T = idx.size(1)
         start = 0 if cache is None else cache.length
         if start + T > self.config.block_size:
@@ -178,7 +178,7 @@ class Modern(nn.Module):
             else:
                 x = block(x, cos, sin, None if cache is None else cache.layers[i])
         if targets is None:
-            x = x[:, -1:]
+            x = x[:, -last:]
         logits = self.lm_head(norm(x)).float()
         logits = 15 * torch.tanh(logits / 15)  # soft cap (Gemma Team 2024, Gemma 2, section 2)
         if targets is None:

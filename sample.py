@@ -4,11 +4,17 @@
     python sample.py --temperature 0.8 --top_k 40 --max_new_tokens 500
     python sample.py --num_beams 4 --stop "."           # beam search: the most probable sentence it can find
     cat letter.txt | python sample.py --prompt_file -
+    python sample.py --interactive                      # write a story by turns
 
 Text goes to stdout as it is written, everything else to stderr.
 """
 
+import utils  # first: it starts the clock and sets how PyTorch's threads wait  # noqa: F401
+
+# isort: split
+import math
 import sys
+import time
 from dataclasses import dataclass
 from typing import Optional
 
@@ -16,7 +22,8 @@ import torch
 
 from checkpoint import gpt2_tokenizer, load_model
 from data import prompt_tokens
-from generate import beam_search, generate
+from draft import Draft
+from generate import Reader, Sampling, Speculation, beam_search, generate, speculate
 from utils import UserError, option, parse_options, pick_device, pick_dtype, run_command
 
 SAMPLES_AT_ONCE = 64  # more than this many samples are written in groups, so that memory stays bounded
@@ -36,11 +43,17 @@ class SampleOptions:
     top_p: Optional[float] = option(
         None, "draw from the likeliest tokens that together have probability p; 0: the likeliest only", at_least=0
     )
+    min_p: float = option(0.0, "draw from tokens at least p times as probable as the likeliest", at_least=0)
+    repetition_penalty: float = option(1.0, "above 1: tokens that are in the text already get less likely", above=0)
     num_beams: int = option(1, "above 1: beam search with that many beams in place of sampling", at_least=1)
     length_penalty: float = option(
         1.0, "for beams that --stop ends: above 0 favours longer texts, below 0 shorter", at_least=-10, below=10
     )
     stop: Optional[str] = option(None, "end a text where this appears (kept out of it)")
+    interactive: bool = option(False, "write by turns: type, watch it go on, type again; Ctrl-C stops it, Ctrl-D ends")
+    probs: bool = option(False, "print each token with its probability; in a terminal coloured by surprise")
+    stats: bool = option(False, "print tokens per second, and how many guesses were right, on stderr")
+    guesses: int = option(4, "tokens guessed from draft.safetensors for each pass of the model; 0: none", at_least=0)
     seed: Optional[int] = option(None, "the same seed writes the same text (default: a new one each time)", at_least=0)
     device: Optional[str] = option(None, "cpu, cuda, cuda:1 or mps (default: cuda if available)")
     dtype: Optional[str] = option(
@@ -72,15 +85,27 @@ def read_prompt(options):
         raise UserError(f"--prompt_file {options.prompt_file}: is not UTF-8 text") from None
 
 
-def sample(options):
-    """Print what the options ask for. Returns the exit status 0."""
+def check(options):
+    """Raises UserError for flags that do not go together."""
     if options.top_p is not None and options.top_p > 1:
         raise UserError(f"--top_p {options.top_p}: is a probability; give a number from 0 to 1")
+    if options.min_p > 1:
+        raise UserError(f"--min_p {options.min_p}: is a share of the highest probability; give a number from 0 to 1")
     if options.num_beams > 1 and options.num_samples > options.num_beams:
         raise UserError(
             f"--num_samples {options.num_samples}: a search with --num_beams {options.num_beams} ends with no more "
             f"than that many texts; raise --num_beams"
         )
+    for name in ("interactive", "probs"):
+        if getattr(options, name) and (options.num_beams > 1 or options.num_samples > 1):
+            raise UserError(f"--{name}: shows one text; leave out --num_beams and --num_samples")
+    if options.interactive and (options.probs or options.prompt_file is not None):
+        raise UserError("--interactive: reads what you type; leave out --prompt_file and --probs")
+
+
+def sample(options):
+    """Print what the options ask for. Returns the exit status 0."""
+    check(options)
     device = pick_device(options.device)
     dtype = pick_dtype(options.dtype or ("float32" if device.type == "cpu" else None), device)
     prompt = read_prompt(options)
@@ -89,43 +114,157 @@ def sample(options):
     if tokenizer is None:
         raise UserError(f"--out_dir {options.out_dir}: has no tokenizer; put the tokenizer.json of its run beside it")
     model.to(device, dtype).eval()
-    idx = prompt_tokens(tokenizer, prompt).to(device)
-    seed = options.seed if options.seed is not None else torch.seed() % 2**63
-    generator = torch.Generator(device).manual_seed(seed)
-
-    if options.num_beams > 1:
-        texts = search(model, tokenizer, idx, options)
+    scribe = Scribe(model, tokenizer, options, device)
+    if options.interactive:
+        interact(prompt, scribe)
+    elif options.num_beams > 1:
+        texts = search(model, tokenizer, prompt_tokens(tokenizer, prompt).to(device), options)
         separate(prompt + text for text in texts[: options.num_samples])
+    elif options.probs:
+        explain(prompt, scribe)
     elif options.num_samples == 1:
-        stream(prompt, model, tokenizer, idx, options, generator)
+        idx = prompt_tokens(tokenizer, prompt).to(device)
+        write(prompt)
+        for text in scribe.continued(idx):
+            write(text)
+        write("\n")
     else:
-        separate(prompt + text for text in many(model, tokenizer, idx, options, generator))
+        separate(prompt + text for text in many(scribe, prompt_tokens(tokenizer, prompt).to(device)))
+    if options.stats:
+        print(scribe.stats(), file=sys.stderr)
     return 0
 
 
-def stream(prompt, model, tokenizer, idx, options, generator):
-    """One text, printed as it is written."""
-    write(prompt)
-    writer = TextWriter(tokenizer, options.stop)
-    for token in tokens(model, idx, options, generator):
-        write(writer.add(int(token)))
-        if writer.stopped:
-            break
-    write(writer.rest() + "\n")
+class Scribe:
+    """Continues texts as the options say, and keeps count of its speed."""
+
+    def __init__(self, model, tokenizer, options, device):
+        self.model, self.tokenizer, self.options = model, tokenizer, options
+        seed = options.seed if options.seed is not None else torch.seed() % 2**63
+        self.generator = torch.Generator(device).manual_seed(seed)
+        self.sampling = Sampling(
+            options.temperature, options.top_k, options.top_p, options.min_p, options.repetition_penalty
+        )
+        # Guesses pay where a pass over five tokens takes little longer than one over one: on a CPU, for a single text.
+        guess = options.guesses > 0 and device.type == "cpu" and options.num_samples == 1 and not options.probs
+        self.draft = Draft.load(options.out_dir) if guess else None
+        self.reader = Reader(model)
+        self.counts, self.written, self.seconds = Speculation(), 0, 0.0
+
+    def tokens(self, idx):
+        """The tokens that continue idx (B, T), one step at a time: (B,) each."""
+        o, same = self.options, dict(sampling=self.sampling, generator=self.generator)
+        start = time.perf_counter()
+        if self.draft is not None and len(idx) == 1:
+            same.update(reader=self.reader, counts=self.counts)
+            steps = speculate(self.model, idx, o.max_new_tokens, self.draft, o.guesses, **same)
+        else:
+            reader = self.reader if len(idx) == 1 else None
+            steps = generate(self.model, idx, o.max_new_tokens, reader=reader, **same)
+        try:
+            for step in steps:
+                self.written += len(step)
+                yield step
+        finally:
+            self.seconds += time.perf_counter() - start
+
+    def continued(self, idx, ids=None):
+        """The text after idx (1, T), in pieces as they come. ids: a list to which the tokens are added."""
+        writer = TextWriter(self.tokenizer, self.options.stop)
+        for token in self.tokens(idx):
+            if ids is not None:
+                ids.append(int(token))
+            yield writer.add(int(token))
+            if writer.stopped:
+                break
+        yield writer.rest()
+
+    def stats(self):
+        """How fast it was, in a line."""
+        line = f"{self.written} tokens in {self.seconds:.2f} s, {self.written / max(self.seconds, 1e-9):,.0f} tokens/s"
+        c = self.counts
+        if c.guessed:
+            share = c.accepted / c.guessed
+            line += f"; {share:.0%} of {c.guessed} guesses accepted, {c.tokens / c.passes:.1f} tokens a pass"
+        return line
 
 
-def many(model, tokenizer, idx, options, generator):
+def many(scribe, idx):
     """num_samples texts, written side by side in groups: yields each text."""
+    options = scribe.options
     for first in range(0, options.num_samples, SAMPLES_AT_ONCE):
         n = min(SAMPLES_AT_ONCE, options.num_samples - first)
-        writers = [TextWriter(tokenizer, options.stop) for _ in range(n)]
+        writers = [TextWriter(scribe.tokenizer, options.stop) for _ in range(n)]
         texts = [""] * n
-        for step in tokens(model, idx.expand(n, -1), options, generator):
+        for step in scribe.tokens(idx.expand(n, -1)):
             for i, token in enumerate(step.tolist()):
                 texts[i] += writers[i].add(token)
             if all(writer.stopped for writer in writers):
                 break
         yield from (text + writer.rest() for text, writer in zip(texts, writers))
+
+
+def interact(prompt, scribe):
+    """A story by turns: a line from stdin, its continuation, the next line. What was read stays in the cache."""
+    text, said = [], prompt
+    write(prompt)
+    while True:
+        if said:
+            try:
+                new = scribe.tokenizer.encode(said).tolist()
+            except UserError as error:
+                print(f"sample.py: {error}", file=sys.stderr)
+                new = []
+            text += new
+            if new:
+                idx = torch.tensor([text], device=scribe.generator.device)
+                try:
+                    for piece in scribe.continued(idx, text):
+                        write(piece)
+                except KeyboardInterrupt:
+                    pass
+                write("\n")
+        if sys.stdin.isatty():
+            print("> ", end="", file=sys.stderr, flush=True)
+        try:
+            said = sys.stdin.readline()
+        except KeyboardInterrupt:
+            said = ""
+        if not said:  # the end of the input
+            return
+        said = said.rstrip("\n")
+
+
+# From no surprise to much: background colours of a terminal with 256 of them, light enough for black letters.
+SURPRISE_COLOURS = (None, 230, 229, 222, 216, 210)
+
+
+def explain(prompt, scribe):
+    """One text with the probability that the model gave to each token, at temperature 1 and with no other choice made.
+
+    One line a token; in a terminal also the text at the end, coloured by surprise: one shade deeper for each bit.
+    """
+
+    class Recorded(Sampling):
+        def probs(self, logits, text):
+            self.plain = logits.softmax(dim=-1)
+            return super().probs(logits, text)
+
+    scribe.sampling = Recorded(**vars(scribe.sampling))
+    idx = prompt_tokens(scribe.tokenizer, prompt).to(scribe.generator.device)
+    pieces, ids = [], []
+    for _ in scribe.continued(idx, ids):
+        if len(ids) > len(pieces):
+            p = float(scribe.sampling.plain[0, ids[-1]])
+            pieces.append((scribe.tokenizer.decode(ids[-1:]), p))
+            write(f"{p:.4f}  {pieces[-1][0]!r}\n")
+    if sys.stdout.isatty():
+        coloured = (
+            f"\x1b[48;5;{colour}m\x1b[30m{piece}\x1b[0m" if colour else piece
+            for piece, p in pieces
+            for colour in [SURPRISE_COLOURS[min(len(SURPRISE_COLOURS) - 1, int(-math.log2(max(p, 1e-9))))]]
+        )
+        write(prompt + "".join(coloured) + "\n")
 
 
 def search(model, tokenizer, idx, options):
@@ -139,12 +278,6 @@ def search(model, tokenizer, idx, options):
     )
     texts = [tokenizer.decode(hypothesis.tokens) for hypothesis in found]
     return [text.split(options.stop)[0] if options.stop else text for text in texts]
-
-
-def tokens(model, idx, options, generator):
-    return generate(
-        model, idx, options.max_new_tokens, options.temperature, options.top_k, options.top_p, generator=generator
-    )
 
 
 class TextWriter:

@@ -27,6 +27,7 @@ from tqdm import tqdm
 import plots
 from checkpoint import METRICS, save_model, save_state
 from data import prompt_tokens, validation_loss
+from draft import Draft
 from generate import generate
 from optim import Learner, lr_share
 from plan import begin, check_directory, make_directory, maybe_compile, resume, seconds_per_token, smaller_setting
@@ -307,7 +308,9 @@ def look_ahead(run, batches, given):
     windows = options.eval_iters * options.batch_size
     evaluation_seconds = 0.4 * token_seconds * min(len(run.data.val), windows * options.block_size)
     if options.minutes is not None:
-        run.reserved = min(1.0 + 1.3 * evaluation_seconds, 30 * options.minutes)  # a picture and a sample take a second
+        run.reserved = min(
+            1.5 + 1.3 * evaluation_seconds, 30 * options.minutes
+        )  # a picture, a sample and a draft take a second
         seconds = 60 * options.minutes - run.seconds
     else:
         seconds = token_seconds * x.numel() * (options.max_iters - run.step)
@@ -337,6 +340,7 @@ def report(run, stop):
         run.save()
         print(f"stopped after step {run.step} and saved; go on with: python train.py --out_dir {out} --resume")
         return 128 + stop.number
+    Draft.from_tokens(run.data.train).save(out)  # sample.py is faster with it
     print(f"best val loss {run.best:.4f} nats per token ({run.data.bits_per_byte(run.best):.3f} bits per byte)")
     print(f"a sample:\n{sample_text(run.model, run.data.tokenizer, 400, run.device)}\n")
     print(f"model: {out}/  loss curve: {out}/loss.png  write more: python sample.py --out_dir {out}")

@@ -39,7 +39,7 @@ TINY = shlex.split("""--device cpu --dtype float32 --compile False --n_layer=1 -
     --batch_size 8 --eval_interval 50 --log_interval 5 --learning_rate 1e-2 --warmup_iters 10""")
 STEPS = 300
 FILES = {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "state.pt"}
-FILES |= {"metrics.jsonl", "loss.png"}
+FILES |= {"metrics.jsonl", "loss.png", "draft.safetensors"}
 
 Result = namedtuple("Result", "status out err")
 
