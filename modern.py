@@ -80,13 +80,17 @@ class CausalSelfAttention(nn.Module):
         self.c_q = nn.Linear(config.n_embd, config.n_embd, bias=False)  # three matrices, not one: Muon treats each
         self.c_k = nn.Linear(config.n_embd, config.n_embd, bias=False)  # as a whole
         self.c_v = nn.Linear(config.n_embd, config.n_embd, bias=False)
+        self.c_attn = None  # for writing, lighten.py puts the three into one
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=False)
         self.resid_dropout = Dropout(config.dropout)
 
     def forward(self, x, cos, sin, cache=None):
         B, T, C = x.shape
-        weight = torch.cat([self.c_q.weight, self.c_k.weight, self.c_v.weight])  # (3C, C): one product, not three
-        qkv = F.linear(x, weight).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)
+        if self.c_attn is not None:
+            qkv = self.c_attn(x)
+        else:  # one product, not three
+            qkv = F.linear(x, torch.cat([self.c_q.weight, self.c_k.weight, self.c_v.weight]))  # (B, T, 3C)
+        qkv = qkv.view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)  # (3, B, H, T, D)
         q, k = rotate(norm(qkv[:2]), cos, sin).to(qkv.dtype)  # (B, H, T, D) each; autocast norms in float32
         v = qkv[2]
         if cache is not None:
@@ -171,7 +175,7 @@ class Modern(nn.Module):
                 f"{start + T} tokens do not fit in block_size {self.config.block_size}; keep the last ones"
             )
         x = self.drop(norm(self.wte(idx)))  # (B, T, C)
-        cos, sin = (table[start : start + T].to(self.lm_head.weight.dtype) for table in (self.cos, self.sin))
+        cos, sin = (table[start : start + T].to(x.dtype) for table in (self.cos, self.sin))
         for i, block in enumerate(self.layers):
             if self.gradient_checkpointing and self.training:
                 x = checkpoint(block, x, cos, sin, use_reentrant=False)

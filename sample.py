@@ -24,8 +24,10 @@ from checkpoint import gpt2_tokenizer, load_model
 from data import prompt_tokens
 from draft import Draft
 from generate import Reader, Sampling, Speculation, beam_search, generate, speculate
+from lighten import lighten
 from utils import UserError, option, parse_options, pick_device, pick_dtype, run_command
 
+LIGHT_ENOUGH = 4_000_000  # weights that a CPU holds in its cache in float32, where fewer bytes gain nothing
 SAMPLES_AT_ONCE = 64  # more than this many samples are written in groups, so that memory stays bounded
 
 
@@ -58,9 +60,10 @@ class SampleOptions:
     device: Optional[str] = option(None, "cpu, cuda, cuda:1 or mps (default: cuda if available)")
     dtype: Optional[str] = option(
         None,
-        "float32, bfloat16 or float16 (default: float32 on CPU, else as in train.py)",
+        "float32, bfloat16 or float16 (default: as in train.py; float32 for a small model on a CPU)",
         choices=("float32", "bfloat16", "float16"),
     )
+    quantize: Optional[str] = option(None, "int8: weights in a quarter of the bytes, on a CPU", choices=("int8",))
 
 
 def main(argv):
@@ -107,13 +110,20 @@ def sample(options):
     """Print what the options ask for. Returns the exit status 0."""
     check(options)
     device = pick_device(options.device)
-    dtype = pick_dtype(options.dtype or ("float32" if device.type == "cpu" else None), device)
+    if options.quantize and device.type != "cpu":
+        raise UserError(f"--quantize {options.quantize}: is made for the CPU, not {device.type}; use --dtype")
     prompt = read_prompt(options)
     model, tokenizer = load_model(options.out_dir)
     tokenizer = tokenizer or gpt2_tokenizer(model)
     if tokenizer is None:
         raise UserError(f"--out_dir {options.out_dir}: has no tokenizer; put the tokenizer.json of its run beside it")
-    model.to(device, dtype).eval()
+    dtype = pick_dtype(options.dtype, device)
+    if device.type == "cpu" and options.dtype is None and model.num_params() < LIGHT_ENOUGH:
+        dtype = torch.float32
+    if device.type == "cpu" and (options.quantize or dtype != torch.float32):
+        lighten(model.eval(), options.quantize or "bfloat16")
+    else:
+        model.to(device, dtype).eval()
     scribe = Scribe(model, tokenizer, options, device)
     if options.interactive:
         interact(prompt, scribe)

@@ -1,0 +1,67 @@
+"""Lighter weights for writing: one token at a time, a model is as fast as its weights can be read from memory.
+
+    lighten(model, "bfloat16")     # half the bytes of float32
+    lighten(model, "int8")         # a quarter
+
+Only the matrices change (nn.Linear), and only how they are stored and multiplied: between them flows float32.
+
+On a CPU without bfloat16 in hardware the products are slower than float32's; int8 needs PyTorch 2.3.
+"""
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from utils import UserError
+
+
+class Bfloat16Linear(nn.Module):
+    """A Linear with bfloat16 weights and products."""
+
+    def __init__(self, weight, bias):
+        super().__init__()
+        self.register_buffer("weight", weight.bfloat16())
+        self.register_buffer("bias", None if bias is None else bias.bfloat16())
+
+    def forward(self, x):
+        return F.linear(x.bfloat16(), self.weight, self.bias).float()
+
+
+class Int8Linear(nn.Module):
+    """A Linear whose rows are whole numbers from -127 to 127, each row times a scale of its own (absmax, per channel).
+
+    The product is a kernel of PyTorch's that turns the whole numbers into bfloat16 on the way to the registers.
+    """
+
+    def __init__(self, weight, bias):
+        super().__init__()
+        scale = weight.abs().amax(dim=1, keepdim=True).clamp(min=1e-12) / 127  # (out, 1)
+        self.register_buffer("weight", (weight / scale).round().to(torch.int8))
+        self.register_buffer("scale", scale[:, 0].bfloat16())
+        self.register_buffer("bias", bias)
+
+    def forward(self, x):
+        y = torch._weight_int8pack_mm(x.reshape(-1, x.size(-1)).bfloat16(), self.weight, self.scale)
+        y = y.float().view(*x.shape[:-1], -1)
+        return y if self.bias is None else y + self.bias
+
+
+@torch.no_grad()
+def lighten(model, how):
+    """Replace every Linear of a float32 model on the CPU, in place, by one of `how`: bfloat16 or int8. Returns it.
+
+    The model can then write and be measured, but no longer be trained or saved.
+    """
+    kinds = {"bfloat16": Bfloat16Linear, "int8": Int8Linear}
+    if how == "int8" and not hasattr(torch, "_weight_int8pack_mm"):
+        raise UserError(f"--quantize int8: needs PyTorch 2.3 or newer, not {torch.__version__}; use --dtype bfloat16")
+    for module in list(model.modules()):
+        if hasattr(module, "c_q"):  # modern.py's three matrices, read as one
+            weight = torch.cat([module.c_q.weight, module.c_k.weight, module.c_v.weight])
+            module.c_attn = kinds[how](weight, None)
+            del module.c_q, module.c_k, module.c_v
+        for name, child in list(module.named_children()):
+            if isinstance(child, nn.Linear):
+                bias = None if child.bias is None else child.bias.detach().clone()
+                setattr(module, name, kinds[how](child.weight.detach(), bias))
+    return model
