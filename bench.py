@@ -2,6 +2,7 @@
 
     python bench.py                                    # training and generation speed, memory, share of the peak
     python bench.py --peers --nanogpt ../nanoGPT       # the same beside Hugging Face transformers and a nanoGPT clone
+    python bench.py generate --out_dir out             # how fast a trained model writes (bench_generate.py)
     python bench.py quality --data mytext.txt          # the loss reached in a given time, whole processes
     python bench.py ideas                              # what each idea of modern.py buys, by leaving it out
 
@@ -28,9 +29,11 @@ from typing import Optional
 import torch
 import torch.nn.functional as F
 
+import bench_generate
 import modern
 import optim
 import train
+from bench_generate import AS_PYTORCH_HAS_IT
 from checkpoint import METRICS, load_model
 from data import load_data, validation_loss
 from generate import generate
@@ -48,7 +51,6 @@ SETTINGS = {
     ),
 }
 HERE = os.path.dirname(os.path.abspath(__file__))
-AS_PYTORCH_HAS_IT = dict(os.environ, GOMP_SPINCOUNT="300000")  # for peers: utils.py set this to another value for us
 VOCAB_SIZE = 65  # of Tiny Shakespeare's characters
 NEW_TOKENS = 250
 
@@ -196,6 +198,9 @@ def main(argv):
         return quality(parse_options(QualityOptions, argv[1:], "Measure the loss reached in a given time.")[0])
     if argv[:1] == ["ideas"]:
         return ideas(parse_options(IdeasOptions, argv[1:], "Measure what each idea of modern.py buys.")[0])
+    if argv[:1] == ["generate"]:
+        about = "Measure how fast a trained model writes."
+        return bench_generate.main(parse_options(bench_generate.GenerateOptions, argv[1:], about)[0])
     options, _ = parse_options(BenchOptions, argv, "Measure speed, ours and peers'.")
     if options.case is not None:
         print(json.dumps(measure(options.case, options)))

@@ -292,7 +292,8 @@ def speculate(model, idx, max_new_tokens, draft, guesses=4, sampling=None, gener
             probs[0, guessed[i]] = 0.0
             written.append(int(pick(probs, generator)))
             break
-        reader.cache.forget(1 + len(guessed) - len(written))
+        if reader.cache is not None:
+            reader.cache.forget(1 + len(guessed) - len(written))
         text = torch.cat([text[:, :N], text.new_tensor([written])], dim=1)
         known += written
         left -= len(written)

@@ -313,7 +313,11 @@ class TextWriter:
         if self.stop:
             held = (n for n in range(len(self.stop) - 1, 0, -1) if text[:end].endswith(self.stop[:n]))
             end -= next(held, 0)
-        return self._up_to(text, max(end, self.printed))
+        piece = self._up_to(text, max(end, self.printed))
+        if len(self.ids) > 256 and self.printed == len(text):  # a long text is not decoded from its beginning each time
+            self.ids = self.ids[-8:]
+            self.printed = len(self.tokenizer.decode(self.ids))
+        return piece
 
     def rest(self):
         """What is still held back when no more tokens come."""

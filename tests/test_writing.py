@@ -1,0 +1,457 @@
+"""Writing fast and in company: guesses, prompts of different lengths, lighter weights, and the flags that use them."""
+
+import collections
+import itertools
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from test_cli import assert_refused, command  # noqa: F401
+
+import bench
+import plan
+import sample
+import train
+from data import CharTokenizer, load_data, validation_loss
+from draft import ORDERS, Draft, hash_of, most_frequent
+from generate import (
+    KVCache,
+    Reader,
+    Sampling,
+    Speculation,
+    beam_search,
+    generate,
+    next_token_probs,
+    penalize_repetition,
+    speculate,
+)
+from lighten import lighten
+from utils import UserError
+
+needs_muon = pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="a modern model needs PyTorch 2.9's Muon")
+needs_int8 = pytest.mark.skipif(not hasattr(torch, "_weight_int8pack_mm"), reason="int8 needs PyTorch 2.3")
+ARCHS = ["gpt", pytest.param("modern", marks=needs_muon)]
+KINDS = ["bfloat16", pytest.param("int8", marks=needs_int8)]
+
+
+@pytest.fixture
+def make(make_model):
+    """make(arch, **sizes): a tiny model of either architecture whose every weight is random."""
+
+    def make(arch, **sizes):
+        if arch == "gpt":
+            return make_model(**sizes)
+        sizes = {**dict(block_size=8, n_layer=2, n_head=2, n_embd=16, dropout=0.0), **sizes}
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            model = plan.build_model(train.TrainOptions(arch="modern", **sizes), 11)
+            with torch.no_grad():
+                for p in model.parameters():
+                    p.add_(0.2 * torch.randn_like(p))
+        return model.eval()
+
+    return make
+
+
+def tokens(batch, length, seed=0):
+    return torch.randint(11, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+def written(steps):
+    return torch.stack(list(steps), dim=1)
+
+
+class Table:
+    """A model whose next token depends on the last one alone: row i holds the probabilities after token i."""
+
+    def __init__(self, rows, block_size=64):
+        self.config, self.log_probs = SimpleNamespace(block_size=block_size), torch.tensor(rows).log()
+
+    def __call__(self, idx, cache=None, last=1):
+        return self.log_probs[idx[:, -last:]], None
+
+
+class Fixed:
+    """A draft that always guesses what a function of the last token says."""
+
+    def __init__(self, after):
+        self.after = after
+
+    def propose(self, known, n):
+        guesses, token = [], known[-1]
+        for _ in range(n):
+            token = self.after(token)
+            guesses.append(token)
+        return guesses
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Prompts of different lengths
+
+
+def padded(rows):
+    """Rows of different lengths as one tensor, filled up at the left, and by how much."""
+    longest = max(map(len, rows))
+    pad = torch.tensor([longest - len(row) for row in rows])
+    return torch.stack([F.pad(row, (longest - len(row), 0), value=3) for row in rows]), pad
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("use_cache", [True, False])
+@pytest.mark.parametrize("lengths", [(1, 4, 7), (5, 5, 2), (7, 1, 1)])
+def test_prompts_of_different_lengths_are_continued_as_each_alone(make, arch, use_cache, lengths):
+    model = make(arch, block_size=16)
+    rows = [tokens(1, n, seed=i)[0] for i, n in enumerate(lengths)]
+    idx, pad = padded(rows)
+    together = written(generate(model, idx, 9, temperature=0, pad=pad, use_cache=use_cache))
+    alone = [written(generate(model, row[None], 9, temperature=0)) for row in rows]
+    assert torch.equal(together, torch.cat(alone))
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_what_fills_a_short_row_up_does_not_matter(make, arch):
+    model, pad = make(arch), torch.tensor([0, 3])
+    idx = tokens(2, 5)
+    other = idx.clone()
+    other[1, :3] = (idx[1, :3] + 1) % 11
+    logits = [Reader(model, pad=pad).next_logits(t) for t in (idx, other)]
+    assert logits[0].isfinite().all() and torch.equal(*logits)
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_with_different_lengths_past_block_size_the_cache_changes_nothing(make, arch):
+    model = make(arch)
+    idx, pad = padded([tokens(1, n, seed=n)[0] for n in (8, 3, 1)])
+    dice = [torch.Generator().manual_seed(1) for _ in range(2)]
+    found = [
+        written(generate(model, idx, 40, pad=pad, use_cache=use, generator=g)) for use, g in zip((True, False), dice)
+    ]
+    assert torch.equal(*found)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Speculative decoding
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("guesses", [1, 3, 6, 20])
+@pytest.mark.parametrize("prompt", [1, 7, 8, 12])
+def test_greedy_text_is_the_same_with_and_without_guesses_past_block_size_too(make, arch, guesses, prompt):
+    model, idx, n = make(arch), tokens(1, prompt), 60
+    expected = written(generate(model, idx, n, temperature=0))
+    right = expected[0].tolist()
+    drafts = [
+        Fixed(lambda token: (token + 1) % 11),
+        SimpleNamespace(propose=lambda known, k: right[len(known) - prompt :][:k]),  # all right
+        SimpleNamespace(propose=lambda known, k: (right[len(known) - prompt :][:1] + [0] * k)[:k]),
+        SimpleNamespace(propose=lambda known, k: []),
+    ]
+    passes = []
+    for draft in drafts:
+        counts = Speculation()
+        found = written(speculate(model, idx, n, draft, guesses, Sampling(temperature=0), counts=counts))
+        assert torch.equal(found, expected)
+        assert counts.tokens == n and counts.accepted <= counts.guessed
+        passes.append(counts.passes)
+    assert passes[1] < passes[3] == n or (guesses == 1 and passes[1] <= n)
+
+
+def chi_square(found, expected):
+    """How far counts are from what was expected, in standard deviations of the chi-square statistic."""
+    cells = [k for k in expected if expected[k] > 0]
+    assert not set(found) - set(cells), "what has no probability was written"
+    statistic = sum((found.get(k, 0) - expected[k]) ** 2 / expected[k] for k in cells)
+    return (statistic - (len(cells) - 1)) / math.sqrt(2 * (len(cells) - 1))
+
+
+ROWS = [[0.5, 0.3, 0.15, 0.05], [0.1, 0.2, 0.3, 0.4], [0.25, 0.25, 0.25, 0.25], [0.9, 0.05, 0.03, 0.02]]
+
+
+@pytest.mark.parametrize("start", range(4))
+@pytest.mark.parametrize("settings", [dict(), dict(temperature=0.7, top_k=3)], ids=str)
+@pytest.mark.parametrize("after", [lambda t: (t + 1) % 4, lambda t: 0, lambda t: 3], ids=["next", "0", "3"])
+def test_texts_with_guesses_have_exactly_the_probabilities_of_the_model(start, settings, after):
+    """Texts of three tokens, against the product of the model's probabilities."""
+    model, sampling = Table(ROWS), Sampling(**settings)
+    probs = next_token_probs(model.log_probs, settings.get("temperature", 1.0), settings.get("top_k")).tolist()
+    dice, found = torch.Generator().manual_seed(0), collections.Counter()
+    draft, idx = Fixed(after), torch.tensor([[start]])
+    for _ in range(2_000):
+        reader = Reader(model, use_cache=False)
+        steps = speculate(model, idx, 3, draft, 2, sampling, dice, reader=reader)
+        found[tuple(int(t) for t in steps)] += 1
+    expected = {
+        (a, b, c): sum(found.values()) * probs[start][a] * probs[a][b] * probs[b][c]
+        for a, b, c in itertools.product(range(4), repeat=3)
+    }
+    assert abs(chi_square(found, expected)) < 5
+
+
+def test_next_tokens_follow_the_model_in_20000_draws_at_several_contexts():
+    model, dice, draft = Table(ROWS), torch.Generator().manual_seed(0), Fixed(lambda t: (t + 1) % 4)
+    for start, probs in enumerate(ROWS):
+        found, idx = collections.Counter(), torch.tensor([[start]])
+        for _ in range(5_000):
+            steps = speculate(model, idx, 2, draft, 1, None, dice, reader=Reader(model, use_cache=False))
+            found[int(next(iter(steps)))] += 1
+        assert abs(chi_square(found, {i: 5_000 * p for i, p in enumerate(probs)})) < 5
+
+
+def test_the_repetition_penalty_counts_the_guesses_that_were_accepted(make):
+    model, idx, sampling = make("gpt"), tokens(1, 4), Sampling(temperature=0, repetition_penalty=3.0)
+    expected = written(generate(model, idx, 40, sampling=sampling))
+    found = written(speculate(model, idx, 40, Fixed(lambda t: (t + 3) % 11), 5, sampling))
+    assert torch.equal(found, expected)
+    assert not torch.equal(expected, written(generate(model, idx, 40, temperature=0)))
+
+
+@pytest.mark.parametrize("n", [0, 1, 2, 3, 7])
+def test_never_more_tokens_are_written_than_asked_for(make, n):
+    assert len(list(speculate(make("gpt"), tokens(1, 3), n, Fixed(lambda t: t), 5))) == n
+
+
+def test_forgetting_wrong_guesses_leaves_the_cache_as_if_they_had_not_been_read(make):
+    for arch in ("gpt",) + (("modern",) if hasattr(torch.optim, "Muon") else ()):
+        model, idx = make(arch), tokens(1, 6)
+        cache = KVCache(model.config)
+        model(idx[:, :2], cache=cache)
+        model(torch.cat([idx[:, 2:4], tokens(1, 3, seed=5)], 1), cache=cache)
+        cache.forget(3)
+        assert cache.length == 4
+        torch.testing.assert_close(model(idx[:, 4:], cache=cache)[0], model(idx)[0], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("last", [1, 2, 5])
+def test_the_logits_of_the_last_positions_are_those_with_targets(make, arch, last):
+    model, idx = make(arch), tokens(2, 5)
+    torch.testing.assert_close(model(idx, last=last)[0], model(idx, idx)[0][:, -last:], atol=1e-5, rtol=0)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The draft
+
+
+def brute_force(text, order):
+    """What followed each context that came more than once with what followed it, by counting."""
+    counts = collections.defaultdict(collections.Counter)
+    for i in range(len(text) - order):
+        counts[tuple(text[i : i + order])][text[i + order]] += 1
+    return {context: c for context, c in counts.items() if max(c.values()) > 1}
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("length", [0, 1, 4, 6, 400])
+def test_the_draft_holds_what_most_often_followed(order, length):
+    text = torch.randint(3, (length,), generator=torch.Generator().manual_seed(order))
+    codes, following = most_frequent(text, order)
+    found, expected = dict(zip(codes.tolist(), following.tolist())), brute_force(text.tolist(), order)
+    assert set(found) == {hash_of(context) for context in expected}
+    for context, counter in expected.items():
+        assert counter[found[hash_of(context)]] == max(counter.values())
+
+
+def test_a_guess_comes_from_the_longest_context_and_goes_on_from_itself():
+    text = torch.tensor([1, 2, 3, 4, 5, 6] * 4 + [9, 5, 7] * 5)
+    draft = Draft.from_tokens(text)
+    assert draft.propose([1, 2, 3, 4, 5], 4) == [6, 1, 2, 3]
+    assert draft.propose([8, 4, 5], 1) == [6] and draft.propose([8, 9, 5], 1) == [7]
+    assert draft.propose([8, 8], 4) == draft.propose([5], 4) == draft.propose([1, 2], 0) == []
+
+
+def test_a_saved_draft_comes_back_and_a_directory_may_have_none(tmp_path):
+    draft = Draft.from_tokens(tokens(1, 500)[0])
+    draft.save(str(tmp_path))
+    assert Draft.load(str(tmp_path)).tables == draft.tables
+    assert Draft.load(str(tmp_path / "none")) is None
+
+
+def test_tokens_of_a_large_vocabulary_are_hashed_alike_in_tensors_and_in_lists():
+    text = torch.tensor([50256, 0, 50255, 1, 40000] * 3)
+    assert Draft.from_tokens(text).propose([50256, 0, 50255, 1, 40000], 2) == [50256, 0]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# min_p and the repetition penalty
+
+
+@pytest.mark.parametrize("min_p, kept", [(0.0, 4), (0.05, 4), (0.2, 3), (0.5, 2), (1.0, 1)])
+def test_min_p_keeps_what_is_probable_enough_beside_the_likeliest_in_proportion(min_p, kept):
+    p = torch.tensor([[0.5, 0.3, 0.15, 0.05]])
+    found = next_token_probs(p.log(), min_p=min_p)
+    expected = torch.where(torch.arange(4) < kept, p, torch.tensor(0.0))
+    torch.testing.assert_close(found, expected / expected.sum())
+
+
+def test_the_repetition_penalty_divides_positive_logits_and_multiplies_negative_ones_of_what_was_said():
+    logits, text = torch.tensor([[2.0, -2.0, 2.0, -2.0], [1.0, 1.0, 1.0, 1.0]]), torch.tensor([[0, 1, 0], [3, 3, 3]])
+    found = penalize_repetition(logits, text, 2.0)
+    assert found.tolist() == [[1.0, -4.0, 2.0, -2.0], [1.0, 1.0, 1.0, 0.5]]
+    assert penalize_repetition(logits, text, 1.0) is logits
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Lighter weights
+
+
+@pytest.fixture(scope="module")
+def text_file(tmp_path_factory):
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text("\n".join(f"{n} and {n + 1} make {2 * n + 1}, said the cat." for n in range(400)), encoding="utf-8")
+    return str(path)
+
+
+@pytest.fixture(scope="module", params=ARCHS)
+def out_dir(request, text_file, tmp_path_factory):
+    """The directory of a model that has learned something."""
+    out = str(tmp_path_factory.mktemp("run") / "out")
+    flags = "--n_layer 2 --n_head 2 --n_embd 64 --block_size 32 --batch_size 16 --max_iters 150 --dropout 0"
+    options = ["--data", text_file, "--out_dir", out, "--arch", request.param, "--learning_rate", "4e-3"]
+    assert train.main([*options, *flags.split(), "--dtype", "float32", "--eval_interval", "150"]) == 0
+    return out
+
+
+@pytest.mark.parametrize("how", KINDS)
+def test_lighter_weights_move_the_val_loss_by_less_than_half_a_percent(out_dir, text_file, how):
+    model, tokenizer = sample.load_model(out_dir)
+    data = load_data(text_file, tokenizer)
+    before = validation_loss(model.eval(), data.val, 16)
+    after = validation_loss(lighten(model, how), data.val, 16)
+    assert 0 < abs(after - before) < 0.005 * before and before < 1.5
+
+
+@pytest.mark.parametrize("how", KINDS)
+@pytest.mark.parametrize("arch", ARCHS)
+def test_lighter_weights_are_read_in_parts_as_whole(make, arch, how):
+    model, idx = lighten(make(arch, n_embd=32), how), tokens(2, 8)
+    cache = KVCache(model.config)
+    parts = [model(idx[:, i : i + 2], cache=cache)[0] for i in range(0, 8, 2)]
+    torch.testing.assert_close(parts[-1], model(idx)[0], atol=0.05, rtol=0)
+    assert {p.dtype for p in parts} == {torch.float32}
+
+
+def test_int8_without_its_kernel_is_one_line(make, monkeypatch):
+    monkeypatch.delattr(torch, "_weight_int8pack_mm", raising=False)
+    with pytest.raises(UserError, match=r"--quantize int8: needs PyTorch 2\.3"):
+        lighten(make("gpt"), "int8")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# sample.py
+
+
+@pytest.mark.parametrize("flags", ["", "--quantize int8", "--dtype bfloat16", "--guesses 0"])
+def test_stats_go_to_stderr_and_text_to_stdout(command, out_dir, flags):  # noqa: F811
+    result = command(sample, "--out_dir", out_dir, "--max_new_tokens", 50, "--stats", "--seed", 1, *flags.split())
+    assert result.status == 0 and len(result.out) == 51
+    assert result.err.startswith("50 tokens in ") and ("guesses accepted" in result.err) == (flags != "--guesses 0")
+
+
+def test_probs_prints_a_line_for_each_token_with_its_probability(command, out_dir):  # noqa: F811
+    arguments = ["--out_dir", out_dir, "--prompt", "7 and 8", "--max_new_tokens", 20, "--temperature", 0]
+    text = command(sample, *arguments, "--guesses", 0, "--dtype", "float32").out
+    lines = command(sample, *arguments, "--probs", "--dtype", "float32").out.splitlines()
+    assert "7 and 8" + "".join(eval(line.split("  ", 1)[1]) for line in lines) + "\n" == text
+    probs = [float(line.split()[0]) for line in lines]
+    assert len(probs) == 20 and all(0 < p <= 1 for p in probs) and max(probs) > 0.5
+
+
+def test_in_a_terminal_the_text_is_coloured_by_surprise(command, out_dir, monkeypatch):  # noqa: F811
+    monkeypatch.setattr(sample.sys.stdout.__class__, "isatty", lambda _: True, raising=False)
+    result = command(sample, "--out_dir", out_dir, "--max_new_tokens", 60, "--temperature", 2, "--probs", "--seed", 1)
+    assert result.status == 0 and "\x1b[48;5;" in result.out
+
+
+def test_turns_go_on_from_all_that_was_said(command, out_dir):  # noqa: F811
+    arguments = ["--out_dir", out_dir, "--max_new_tokens", 12, "--temperature", 0, "--dtype", "float32"]
+    result = command(sample, *arguments, "--interactive", stdin=b"1 and 2\n and the cat\n")
+    assert result.status == 0
+    expected = command(sample, *arguments, "--prompt", "1 and 2").out[len("1 and 2") :]
+    assert result.out.startswith(expected)
+    whole = "1 and 2" + expected[:-1] + " and the cat"
+    assert result.out[len(expected) :] == command(sample, *arguments, "--prompt", whole).out[len(whole) :]
+
+
+def test_a_turn_with_characters_the_model_does_not_know_is_one_line_and_the_next_goes_on(command, out_dir):  # noqa: F811
+    result = command(sample, "--out_dir", out_dir, "--max_new_tokens", 5, "--interactive", stdin="é\n1\n".encode())
+    assert result.status == 0 and "U+00E9" in result.err and len(result.out) == 6
+
+
+@pytest.mark.parametrize(
+    "flags, word",
+    [
+        ("--min_p 1.5", "--min_p"),
+        ("--min_p -1", "--min_p"),
+        ("--repetition_penalty 0", "--repetition_penalty"),
+        ("--guesses -1", "--guesses"),
+        ("--quantize int4", "--quantize"),
+        ("--interactive --num_samples 2", "--interactive"),
+        ("--probs --num_beams 2", "--probs"),
+        ("--interactive --probs", "--interactive"),
+        ("--interactive --prompt_file x", "--interactive"),
+    ],
+)
+def test_flags_that_make_no_sense_are_refused_in_one_line(command, out_dir, flags, word):  # noqa: F811
+    assert_refused(command(sample, "--out_dir", out_dir, *flags.split()), word)
+
+
+def test_thousands_of_samples_and_a_beam_wider_than_the_vocabulary(command, out_dir):  # noqa: F811
+    result = command(sample, "--out_dir", out_dir, "--num_samples", 2000, "--max_new_tokens", 2)
+    assert result.status == 0 and result.out.count("---------------") == 1999
+    result = command(sample, "--out_dir", out_dir, "--num_beams", 500, "--max_new_tokens", 3)
+    assert result.status == 0 and len(result.out) == 4
+
+
+@pytest.mark.parametrize("stop", ["cat", ", said", "."])
+@pytest.mark.parametrize("flags", ["--guesses 4", "--guesses 0", "--quantize int8"])
+def test_a_stop_string_never_leaks_and_ends_the_text(command, out_dir, stop, flags):  # noqa: F811
+    arguments = ["--out_dir", out_dir, "--max_new_tokens", 400, "--temperature", 0.5, "--seed", 3, "--stop", stop]
+    result = command(sample, *arguments, *flags.split())
+    assert result.status == 0 and stop not in result.out and len(result.out) < 400
+
+
+@pytest.mark.parametrize("n", [600, 1500])
+@pytest.mark.parametrize("stop", [None, "12345"])
+def test_a_long_text_is_printed_whole(n, stop):
+    tokenizer, ids = CharTokenizer("abcdefghijk"), tokens(1, n)[0].tolist()
+    writer = sample.TextWriter(tokenizer, stop)
+    assert "".join(map(writer.add, ids)) + writer.rest() == tokenizer.decode(ids)
+    assert len(writer.ids) <= 257
+
+
+def test_memory_stays_flat_in_a_long_text(make):
+    """The cache is made once, and no more than block_size tokens are ever read at once."""
+    model = make("gpt")
+    reader = Reader(model)
+    steps = generate(model, tokens(1, 4), 500, reader=reader)
+    next(steps)
+    places = [layer.k.data_ptr() for layer in reader.cache.layers]
+    collections.deque(steps, maxlen=0)
+    assert [layer.k.data_ptr() for layer in reader.cache.layers] == places
+
+
+def test_beams_are_as_many_as_asked_for_with_lighter_weights(make):
+    found = beam_search(lighten(make("gpt"), "bfloat16"), tokens(1, 3), 5, 4)
+    assert len(found) == 4 and found == sorted(found, reverse=True)
+
+
+def test_bench_generate_prints_every_figure(command, out_dir, monkeypatch):  # noqa: F811
+    import bench_generate
+
+    monkeypatch.setattr(bench_generate, "run_case", lambda case, options: dict(figure=1.0, note=""))
+    result = command(bench, "generate", "--out_dir", out_dir, "--rounds", 1, "--json", "figures.json")
+    assert result.status == 0, result.err
+    for title in bench_generate.WORKS.values():
+        assert title in result.out
+    monkeypatch.undo()
+
+
+@pytest.mark.parametrize("work", ["sample", "beams", "many", "first"])
+def test_each_case_of_bench_generate_runs(command, out_dir, work, monkeypatch):  # noqa: F811
+    import bench_generate
+
+    monkeypatch.setattr(bench_generate, "NEW_TOKENS", 5)
+    result = command(bench, "generate", "--out_dir", out_dir, "--case", f"ours, bfloat16|{work}")
+    assert result.status == 0 and '"figure"' in result.out, result.err
