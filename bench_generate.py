@@ -18,7 +18,7 @@ import torch
 from checkpoint import load_model
 from data import prompt_tokens
 from draft import Draft
-from generate import Sampling, Speculation, beam_search, generate, speculate
+from generate import Reader, Sampling, Speculation, beam_search, best_threads, generate, speculate
 from lighten import lighten
 from utils import UserError, missing_extra, option
 
@@ -141,16 +141,17 @@ def our_work(system, work, model, prompt, options):
     kind, counts = OURS[system], Speculation()
     if kind in ("bfloat16", "int8"):
         lighten(model, kind)
-    draft = Draft.load(options.out_dir)
+    draft, threads = Draft.load(options.out_dir), best_threads(model)
 
     def sample():
         if draft is None:
-            return list(generate(model, prompt, NEW_TOKENS, **HOW))
-        return list(speculate(model, prompt, NEW_TOKENS, draft, sampling=Sampling(**HOW), counts=counts))
+            return list(generate(model, prompt, NEW_TOKENS, reader=Reader(model, threads=threads), **HOW))
+        how = dict(sampling=Sampling(**HOW), counts=counts, reader=Reader(model, threads=threads))
+        return list(speculate(model, prompt, NEW_TOKENS, draft, **how))
 
     works = dict(
         sample=sample,
-        beams=lambda: beam_search(model, prompt, NEW_TOKENS, 4),
+        beams=lambda: beam_search(model, prompt, NEW_TOKENS, 4, threads=threads),
         many=lambda: list(generate(model, prompt.expand(32, -1), NEW_TOKENS, **HOW)),
         first=lambda: list(generate(model, prompt, 1, **HOW)),
     )

@@ -12,6 +12,7 @@ import os
 import torch
 
 ORDERS = (5, 4, 3, 2)  # how many tokens a context has; with 2 it is the trigram of chapter 2
+SURE = 0.4  # how often the guess must have been right in the text
 MOST_TOKENS = 1_000_000  # of a longer text, the first million tell enough
 FACTOR = 0x9E3779B97F4A7C15 - 2**64  # an odd number without pattern, as the int64 that it is
 FILE = "draft.safetensors"
@@ -78,9 +79,10 @@ def hash_of(context):
 
 
 def most_frequent(tokens, order):
-    """The contexts of `order` tokens that the text (N,) has more than once, and what most often follows each.
+    """The contexts of `order` tokens that the text (N,) most often, and more than once, goes on from in the same way.
 
-    Returns hashes (n,) int64 and tokens (n,) int64.
+    Returns their hashes (n,) int64 and the token that follows (n,) int64. Contexts in which the most frequent token has
+    less than SURE of the cases are left out: there a guess would mostly be wrong.
     """
     if len(tokens) <= order:
         return torch.empty(0, dtype=torch.int64), torch.empty(0, dtype=torch.int64)
@@ -96,11 +98,13 @@ def most_frequent(tokens, order):
     first = new.nonzero().squeeze(1)
     counts = torch.diff(first, append=torch.tensor([len(codes)]))
     codes, following = codes[first], following[first]
+    _, context = codes.unique_consecutive(return_inverse=True)
+    sure = counts >= SURE * torch.bincount(context, counts)[context]
     # Sorted by count, and then by context, the last run of each context is its most frequent one.
     counts, by_count = counts.sort(stable=True)
     codes, by_code = codes[by_count].sort(stable=True)
-    following, counts = following[by_count][by_code], counts[by_code]
+    following, sure, counts = following[by_count][by_code], sure[by_count][by_code], counts[by_code]
     last = torch.ones(len(codes), dtype=torch.bool)
     last[:-1] = codes[1:] != codes[:-1]
-    last &= counts > 1
+    last &= (counts > 1) & sure
     return codes[last], following[last]

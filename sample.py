@@ -23,7 +23,7 @@ import torch
 from checkpoint import gpt2_tokenizer, load_model
 from data import prompt_tokens
 from draft import Draft
-from generate import Reader, Sampling, Speculation, beam_search, generate, speculate
+from generate import Reader, Sampling, Speculation, beam_search, best_threads, generate, speculate
 from lighten import lighten
 from utils import UserError, option, parse_options, pick_device, pick_dtype, run_command
 
@@ -55,7 +55,7 @@ class SampleOptions:
     interactive: bool = option(False, "write by turns: type, watch it go on, type again; Ctrl-C stops it, Ctrl-D ends")
     probs: bool = option(False, "print each token with its probability; in a terminal coloured by surprise")
     stats: bool = option(False, "print tokens per second, and how many guesses were right, on stderr")
-    guesses: int = option(4, "tokens guessed from draft.safetensors for each pass of the model; 0: none", at_least=0)
+    guesses: int = option(3, "tokens guessed from draft.safetensors for each pass of the model; 0: none", at_least=0)
     seed: Optional[int] = option(None, "the same seed writes the same text (default: a new one each time)", at_least=0)
     device: Optional[str] = option(None, "cpu, cuda, cuda:1 or mps (default: cuda if available)")
     dtype: Optional[str] = option(
@@ -128,7 +128,7 @@ def sample(options):
     if options.interactive:
         interact(prompt, scribe)
     elif options.num_beams > 1:
-        texts = search(model, tokenizer, prompt_tokens(tokenizer, prompt).to(device), options)
+        texts = search(scribe, prompt_tokens(tokenizer, prompt).to(device))
         separate(prompt + text for text in texts[: options.num_samples])
     elif options.probs:
         explain(prompt, scribe)
@@ -158,7 +158,8 @@ class Scribe:
         # Guesses pay where a pass over five tokens takes little longer than one over one: on a CPU, for a single text.
         guess = options.guesses > 0 and device.type == "cpu" and options.num_samples == 1 and not options.probs
         self.draft = Draft.load(options.out_dir) if guess else None
-        self.reader = Reader(model)
+        self.threads = best_threads(model) if device.type == "cpu" else None
+        self.reader = Reader(model, threads=self.threads)
         self.counts, self.written, self.seconds = Speculation(), 0, 0.0
 
     def tokens(self, idx):
@@ -277,15 +278,16 @@ def explain(prompt, scribe):
         write(prompt + "".join(coloured) + "\n")
 
 
-def search(model, tokenizer, idx, options):
+def search(scribe, idx):
     """The texts of a beam search, best first."""
+    options, tokenizer, start = scribe.options, scribe.tokenizer, time.perf_counter()
 
     def is_end(ids):
         return options.stop in tokenizer.decode(ids)
 
-    found = beam_search(
-        model, idx, options.max_new_tokens, options.num_beams, options.length_penalty, is_end if options.stop else None
-    )
+    ends = dict(length_penalty=options.length_penalty, is_end=is_end if options.stop else None, threads=scribe.threads)
+    found = beam_search(scribe.model, idx, options.max_new_tokens, options.num_beams, **ends)
+    scribe.written, scribe.seconds = len(found[0].tokens), time.perf_counter() - start
     texts = [tokenizer.decode(hypothesis.tokens) for hypothesis in found]
     return [text.split(options.stop)[0] if options.stop else text for text in texts]
 

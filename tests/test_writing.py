@@ -239,7 +239,9 @@ def brute_force(text, order):
     counts = collections.defaultdict(collections.Counter)
     for i in range(len(text) - order):
         counts[tuple(text[i : i + order])][text[i + order]] += 1
-    return {context: c for context, c in counts.items() if max(c.values()) > 1}
+    return {
+        context: c for context, c in counts.items() if max(c.values()) > 1 and max(c.values()) >= 0.4 * sum(c.values())
+    }
 
 
 @pytest.mark.parametrize("order", ORDERS)
