@@ -108,9 +108,9 @@ def test_a_long_text_gets_the_block_size_of_its_model_and_a_short_one_a_smaller_
 
 @pytest.mark.parametrize(
     "epochs, dropout",
-    [(0.01, 0.0), (3.99, 0.0), (4.01, 0.05), (8, 0.1), (16, 0.15), (64, 0.25), (600, 0.4), (5000, 0.4)],
+    [(0.01, 0.0), (7.98, 0.0), (8.02, 0.05), (16, 0.1), (32, 0.15), (128, 0.25), (1200, 0.4), (9000, 0.4)],
 )
-def test_dropout_begins_at_four_times_the_text_and_grows_with_each_doubling_up_to_0_4(choose, epochs, dropout):
+def test_dropout_begins_at_eight_times_the_text_and_grows_with_each_doubling_up_to_0_4(choose, epochs, dropout):
     """At 40 % of the peak and 6 operations for each weight of the layers and each token."""
     sizes, _ = choose(1, peak=1e11)
     tokens_read = 0.4 * 1e11 * 60 / (6 * 12 * weights(sizes))
