@@ -141,7 +141,7 @@ def our_work(system, work, model, prompt, options):
     kind, counts = OURS[system], Speculation()
     if kind in ("bfloat16", "int8"):
         lighten(model, kind)
-    draft, threads = Draft.load(options.out_dir), best_threads(model)
+    draft, threads = Draft.load(options.out_dir), best_threads(model, 4)
 
     def sample():
         if draft is None:

@@ -23,7 +23,7 @@ import torch
 from checkpoint import gpt2_tokenizer, load_model
 from data import prompt_tokens
 from draft import Draft
-from generate import Reader, Sampling, Speculation, beam_search, best_threads, generate, speculate
+from generate import FEW, Reader, Sampling, Speculation, beam_search, best_threads, generate, speculate
 from lighten import lighten
 from utils import UserError, option, parse_options, pick_device, pick_dtype, run_command
 
@@ -158,7 +158,8 @@ class Scribe:
         # Guesses pay where a pass over five tokens takes little longer than one over one: on a CPU, for a single text.
         guess = options.guesses > 0 and device.type == "cpu" and options.num_samples == 1 and not options.probs
         self.draft = Draft.load(options.out_dir) if guess else None
-        self.threads = best_threads(model) if device.type == "cpu" else None
+        at_once = options.num_beams if options.num_beams > 1 else 1 + options.guesses if self.draft else 1
+        self.threads = best_threads(model, at_once) if device.type == "cpu" and at_once <= FEW else None
         self.reader = Reader(model, threads=self.threads)
         self.counts, self.written, self.seconds = Speculation(), 0, 0.0
 

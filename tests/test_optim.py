@@ -345,6 +345,18 @@ def test_dropout_side_by_side_can_be_repeated_and_differs_from_part_to_part_and_
     assert len({loss for step in losses[0] + losses[2] for loss in step}) == 16
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("arch", ARCHS)
+def test_steps_side_by_side_with_dropout_end_bit_for_bit_alike_under_one_seed(three_threads, arch, dtype):
+    ends = []
+    for _ in range(3):
+        learner = learner_in_parts(3, arch, dtype, dropout=0.3)
+        torch.manual_seed(5)
+        take_steps(learner, make_batch(learner.options, steps=5))
+        ends.append([p.detach().clone() for p in learner.model.parameters()])
+    assert all(torch.equal(p, q) for other in ends[1:] for p, q in zip(ends[0], other))
+
+
 def test_which_parts_are_computed_side_by_side(three_threads):
     learner = make_learner()
     assert [learner.side_by_side(parts) for parts in (1, 2, 3, 40)] == [1, 2, 3, 3]
