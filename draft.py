@@ -11,6 +11,8 @@ import os
 
 import torch
 
+from utils import UserError
+
 ORDERS = (5, 4, 3, 2)  # how many tokens a context has; with 2 it is the trigram of chapter 2
 SURE = 0.4  # how often the guess must have been right in the text
 MOST_TOKENS = 1_000_000  # of a longer text, the first million tell enough
@@ -59,14 +61,17 @@ class Draft:
 
     @classmethod
     def load(cls, directory):
-        """The draft saved in a directory; None where there is none."""
+        """The draft saved in a directory; None where there is none. Raises UserError where it is damaged."""
         from safetensors.torch import load_file
 
         path = os.path.join(directory, FILE)
         if not os.path.isfile(path):
             return None
-        content = load_file(path)
-        parts = [(content[f"contexts.{n}"].tolist(), content[f"tokens.{n}"].tolist()) for n in ORDERS]
+        try:
+            content = load_file(path)
+            parts = [(content[f"contexts.{n}"].tolist(), content[f"tokens.{n}"].tolist()) for n in ORDERS]
+        except Exception as error:  # safetensors has a kind of its own for each fault
+            raise UserError(f"{path}: is damaged ({error}); delete it, writing goes on without guesses") from None
         return cls([dict(zip(*part)) for part in parts])
 
 

@@ -159,7 +159,8 @@ class Scribe:
         guess = options.guesses > 0 and device.type == "cpu" and options.num_samples == 1 and not options.probs
         self.draft = Draft.load(options.out_dir) if guess else None
         at_once = options.num_beams if options.num_beams > 1 else 1 + options.guesses if self.draft else 1
-        self.threads = best_threads(model, at_once) if device.type == "cpu" and at_once <= FEW else None
+        measure = device.type == "cpu" and options.num_samples == 1 and at_once <= FEW
+        self.threads = best_threads(model, at_once) if measure else None
         self.reader = Reader(model, threads=self.threads)
         self.counts, self.written, self.seconds = Speculation(), 0, 0.0
 

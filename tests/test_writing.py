@@ -3,6 +3,7 @@
 import collections
 import itertools
 import math
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -22,10 +23,12 @@ from generate import (
     Sampling,
     Speculation,
     beam_search,
+    best_threads,
     generate,
     next_token_probs,
     penalize_repetition,
     speculate,
+    use_threads,
 )
 from lighten import lighten
 from utils import UserError
@@ -268,6 +271,29 @@ def test_a_saved_draft_comes_back_and_a_directory_may_have_none(tmp_path):
     draft.save(str(tmp_path))
     assert Draft.load(str(tmp_path)).tables == draft.tables
     assert Draft.load(str(tmp_path / "none")) is None
+
+
+def test_a_damaged_draft_is_one_line(tmp_path):
+    (tmp_path / "draft.safetensors").write_bytes(b"no such thing")
+    with pytest.raises(UserError, match="is damaged .* delete it"):
+        Draft.load(str(tmp_path))
+
+
+def test_threads_are_one_or_all_and_those_of_the_caller_come_back(make):
+    before = torch.get_num_threads()
+    assert best_threads(make("gpt"), 3) in (1, before)
+    with pytest.raises(KeyError), use_threads(before + 1):
+        assert torch.get_num_threads() == before + 1
+        raise KeyError
+    assert torch.get_num_threads() == before
+
+    class Slow:
+        config = SimpleNamespace(block_size=4)
+
+        def __call__(self, idx):
+            time.sleep(0.06)
+
+    assert best_threads(Slow()) is None
 
 
 def test_tokens_of_a_large_vocabulary_are_hashed_alike_in_tensors_and_in_lists():
