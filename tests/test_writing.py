@@ -275,7 +275,7 @@ def test_a_saved_draft_comes_back_and_a_directory_may_have_none(tmp_path):
 
 def test_a_damaged_draft_is_one_line(tmp_path):
     (tmp_path / "draft.safetensors").write_bytes(b"no such thing")
-    with pytest.raises(UserError, match="is damaged .* delete it"):
+    with pytest.raises(UserError, match=r"is damaged .* delete it"):
         Draft.load(str(tmp_path))
 
 
