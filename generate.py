@@ -36,7 +36,11 @@ class LayerCache:
         self.last = None  # (B, T, C): modern.py's token shift looks one position back
 
     def append(self, k, v):
-        """Add the keys and values (B, H, T, D) of T more tokens; returns those of all S tokens, (B, H, S, D)."""
+        """Add the keys and values (B, H, T, D) of T more tokens.
+
+        Returns those of all S tokens, (B, H, S, D), and which of them each of the T may look at: (B, 1, T, S) bool, or
+        None where that is all up to its own.
+        """
         if self.k is None:
             B, H, _, D = k.shape
             self.k, self.v = k.new_empty(B, H, self.block_size, D), v.new_empty(B, H, self.block_size, D)
@@ -44,7 +48,14 @@ class LayerCache:
         self.k[:, :, self.length : end] = k
         self.v[:, :, self.length : end] = v
         self.length = end
-        return self.k[:, :, :end], self.v[:, :, :end]
+        return self.k[:, :, :end], self.v[:, :, :end], None if self.pad is None else self._visible(k.size(2))
+
+    def _visible(self, T):
+        """Rows with padding: (B, 1, T, S) bool."""
+        places = torch.arange(self.length, device=self.k.device)  # (S,)
+        own = places[self.length - T :, None]  # (T, 1)
+        real = (places >= self.pad[:, None])[:, None, None]  # (B, 1, 1, S)
+        return (places <= own) & real | (places == own)  # itself always: softmax over nothing would be no number
 
     def previous(self, x):
         """x (B, T, C) one position earlier: what the position before these T was, then the first T - 1 of them."""
@@ -88,11 +99,14 @@ class KVCache:
     def length(self):
         return self.layers[0].length
 
+    def places(self, T, device):
+        """Where in the cache the next T tokens stand: (T,)."""
+        return torch.arange(self.length, self.length + T, device=device)
+
     def positions(self, T, device):
-        """Where the next T tokens stand, counted from each row's first: (T,), or (B, T) where rows are padded."""
-        positions = torch.arange(self.length, self.length + T, device=device)
-        pad = self.layers[0].pad
-        return positions if pad is None else (positions - pad[:, None]).clamp(min=0)
+        """The same, counted from each row's first token: (T,), or (B, T) where rows are padded."""
+        places, pad = self.places(T, device), self.layers[0].pad
+        return places if pad is None else (places - pad[:, None]).clamp(min=0)
 
     def clear(self, pad=None):
         """Forget all tokens, and keep the memory."""

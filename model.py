@@ -81,18 +81,19 @@ class CausalSelfAttention(nn.Module):
         B, T, C = x.shape
         q, k, v = self.c_attn(x).split(C, dim=2)  # each (B, T, C)
         q, k, v = (t.view(B, T, self.n_head, C // self.n_head).transpose(1, 2) for t in (q, k, v))  # (B, H, T, D)
+        mask = None
         if cache is not None:
-            k, v = cache.append(k, v)  # (B, H, S, D): the S - T tokens read before, then these T
-        y = attention(q, k, v, self.dropout if self.training else 0.0, cache and cache.pad)  # (B, H, T, D)
+            k, v, mask = cache.append(k, v)  # (B, H, S, D): the S - T tokens read before, then these T
+        y = attention(q, k, v, self.dropout if self.training else 0.0, mask)  # (B, H, T, D)
         y = y.transpose(1, 2).reshape(B, T, C)  # the heads' outputs side by side again
         return self.resid_dropout(self.c_proj(y))
 
 
-def attention(q, k, v, dropout=0.0, pad=None):
+def attention(q, k, v, dropout=0.0, mask=None):
     """softmax(q k^T / sqrt(D)) v with a causal mask: the last T of S positions look at themselves and what is before.
 
-    q is (B, H, T, D), k and v are (B, H, S, D) with S >= T; returns (B, H, T, D). pad: None, or (B,) int64, how many of
-    a row's first positions nobody looks at, because its text is shorter than the others'.
+    q is (B, H, T, D), k and v are (B, H, S, D) with S >= T; returns (B, H, T, D). mask: (B, 1, T, S) bool, what each of
+    the T may look at where that is another choice (generate.py's cache knows).
 
     PyTorch's fused kernel computes it without keeping the (T, S) scores (Dao et al. 2022, FlashAttention). Only for
     training on a CPU, in bfloat16 or with dropout, is the formula written out the faster of the two, up to 1024
@@ -102,14 +103,10 @@ def attention(q, k, v, dropout=0.0, pad=None):
     written_out_is_faster = q.device.type == "cpu" and (q.dtype == torch.bfloat16 or dropout > 0) and T <= 1024
     if T == S and q.requires_grad and written_out_is_faster:
         return attention_written_out(q, k, v, dropout)
-    if T == S and pad is None:
+    if T == S and mask is None:
         return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
-    mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T) if T > 1 else None  # one query sees all
-    if pad is not None:
-        position = torch.arange(S, device=q.device)
-        real = (position >= pad[:, None])[:, None, None]  # (B, 1, 1, S)
-        itself = position == position[S - T :, None]  # (T, S): softmax over nothing would be no number
-        mask = (real if mask is None else real & mask) | itself  # (B, 1, T, S)
+    if T > 1 and mask is None:  # a single query sees all
+        mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
 
 

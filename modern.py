@@ -93,9 +93,10 @@ class CausalSelfAttention(nn.Module):
         qkv = qkv.view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)  # (3, B, H, T, D)
         q, k = rotate(norm(qkv[:2]), cos, sin).to(qkv.dtype)  # (B, H, T, D) each; autocast norms in float32
         v = qkv[2]
+        mask = None
         if cache is not None:
-            k, v = cache.append(k, v)  # (B, H, S, D)
-        y = attention(q, k, v, self.dropout if self.training else 0.0, cache and cache.pad)
+            k, v, mask = cache.append(k, v)  # (B, H, S, D)
+        y = attention(q, k, v, self.dropout if self.training else 0.0, mask)
         return self.resid_dropout(self.c_proj(y.transpose(1, 2).reshape(B, T, C)))
 
 
@@ -175,7 +176,8 @@ class Modern(nn.Module):
                 f"{start + T} tokens do not fit in block_size {self.config.block_size}; keep the last ones"
             )
         x = self.drop(norm(self.wte(idx)))  # (B, T, C)
-        cos, sin = (table[start : start + T].to(x.dtype) for table in (self.cos, self.sin))
+        places = slice(0, T) if cache is None else cache.places(T, idx.device)
+        cos, sin = (table[places].to(x.dtype) for table in (self.cos, self.sin))
         for i, block in enumerate(self.layers):
             if self.gradient_checkpointing and self.training:
                 x = checkpoint(block, x, cos, sin, use_reentrant=False)

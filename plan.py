@@ -191,7 +191,7 @@ def for_minutes(minutes, tokens, device, dtype):
 
     The rule: measure the machine's matrix products, multiply by the time, look the size up in SIZES. A run makes some
     40 % of that work, which says how many tokens it will see. From eight times the text on, dropout keeps it from
-    learning the text by heart: 0.05 at eight times, and 0.05 more each time that doubles, up to 0.4.
+    learning the text by heart: 0.05 at eight times, and 0.1 more each time that doubles, up to 0.5.
     """
     peak = matmul_peak(device, dtype)
     work = peak * minutes * 60
@@ -200,7 +200,7 @@ def for_minutes(minutes, tokens, device, dtype):
         sizes["block_size"] //= 2
     weights = 12 * sizes["n_layer"] * sizes["n_embd"] ** 2
     epochs = 0.4 * work / (6 * weights) / tokens
-    sizes["dropout"] = 0.0 if epochs < 8 else round(min(0.4, 0.05 * (math.log2(epochs) - 2)), 2)
+    sizes["dropout"] = 0.0 if epochs < 8 else round(min(0.5, 0.05 + 0.1 * math.log2(epochs / 8)), 2)
     sizes["max_iters"] = STEPS_WITHOUT_END
     why = f"{peak / 1e9:,.0f} GFLOP/s x {minutes:g} min on {tokens:,} tokens, about {epochs:.1f} times the text"
     return sizes, why

@@ -24,6 +24,7 @@ from checkpoint import gpt2_tokenizer, load_model
 from data import prompt_tokens
 from draft import Draft
 from generate import FEW, Reader, Sampling, Speculation, beam_search, best_threads, generate, speculate
+from graphs import GraphReader
 from lighten import lighten
 from utils import UserError, option, parse_options, pick_device, pick_dtype, run_command
 
@@ -161,7 +162,7 @@ class Scribe:
         at_once = options.num_beams if options.num_beams > 1 else 1 + options.guesses if self.draft else 1
         measure = device.type == "cpu" and options.num_samples == 1 and at_once <= FEW
         self.threads = best_threads(model, at_once) if measure else None
-        self.reader = Reader(model, threads=self.threads)
+        self.reader = GraphReader(model) if device.type == "cuda" else Reader(model, threads=self.threads)
         self.counts, self.written, self.seconds = Speculation(), 0, 0.0
 
     def tokens(self, idx):
@@ -172,7 +173,8 @@ class Scribe:
             same.update(reader=self.reader, counts=self.counts)
             steps = speculate(self.model, idx, o.max_new_tokens, self.draft, o.guesses, **same)
         else:
-            reader = self.reader if len(idx) == 1 else None
+            several = GraphReader(self.model) if idx.device.type == "cuda" else None
+            reader = self.reader if len(idx) == 1 else several
             steps = generate(self.model, idx, o.max_new_tokens, reader=reader, **same)
         try:
             for step in steps:

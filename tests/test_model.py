@@ -286,9 +286,9 @@ def test_dropout_has_its_rate_wherever_gpt2_has_it(make_model, monkeypatch):
                 lambda _, inputs, output, name=name: zeros.update({name: (output == 0).float().mean()})
             )
 
-    def noted(q, k, v, dropout, pad=None):
+    def noted(q, k, v, dropout, mask):
         attention_rates.append(dropout)
-        return attention(q, k, v, dropout, pad)
+        return attention(q, k, v, dropout, mask)
 
     monkeypatch.setattr(model_file, "attention", noted)
     torch.manual_seed(0)

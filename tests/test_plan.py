@@ -78,7 +78,7 @@ def test_every_choice_is_a_flag_of_train_and_together_they_make_a_model(choose, 
     assert {f.name for f in fields(train.TrainOptions)} >= set(sizes)
     flags = [f"--{name}={value}" for name, value in sizes.items()]
     options, given = parse_options(train.TrainOptions, flags, "")  # refuses what does not fit a flag's rule
-    assert given == set(sizes) and sizes["block_size"] < tokens and 0 <= sizes["dropout"] <= 0.4
+    assert given == set(sizes) and sizes["block_size"] < tokens and 0 <= sizes["dropout"] <= 0.5
     for config in (GPTConfig, ModernConfig):  # these refuse what makes no model
         names = {f.name for f in fields(config)} & set(sizes)
         config(vocab_size=65, **{name: getattr(options, name) for name in names})
@@ -108,9 +108,9 @@ def test_a_long_text_gets_the_block_size_of_its_model_and_a_short_one_a_smaller_
 
 @pytest.mark.parametrize(
     "epochs, dropout",
-    [(0.01, 0.0), (7.98, 0.0), (8.02, 0.05), (16, 0.1), (32, 0.15), (128, 0.25), (1200, 0.4), (9000, 0.4)],
+    [(0.01, 0.0), (7.98, 0.0), (8.02, 0.05), (16, 0.15), (32, 0.25), (128, 0.45), (1200, 0.5), (9000, 0.5)],
 )
-def test_dropout_begins_at_eight_times_the_text_and_grows_with_each_doubling_up_to_0_4(choose, epochs, dropout):
+def test_dropout_begins_at_eight_times_the_text_and_grows_with_each_doubling_up_to_0_5(choose, epochs, dropout):
     """At 40 % of the peak and 6 operations for each weight of the layers and each token."""
     sizes, _ = choose(1, peak=1e11)
     tokens_read = 0.4 * 1e11 * 60 / (6 * 12 * weights(sizes))
@@ -121,7 +121,7 @@ def test_dropout_begins_at_eight_times_the_text_and_grows_with_each_doubling_up_
 
 def test_the_same_time_on_a_shorter_text_never_gets_less_dropout(choose):
     rates = [choose(3, tokens, 8e11)[0]["dropout"] for tokens in (10**9, 10**8, 10**7, 10**6, 10**5, 10**4, 1000)]
-    assert rates == sorted(rates) and rates[0] == 0.0 and rates[-1] == 0.4
+    assert rates == sorted(rates) and rates[0] == 0.0 and rates[-1] == 0.5
 
 
 def test_the_reason_names_the_speed_the_time_and_the_length_of_the_text(choose):

@@ -30,6 +30,7 @@ from generate import (
     speculate,
     use_threads,
 )
+from graphs import GraphReader
 from lighten import lighten
 from utils import UserError
 
@@ -132,6 +133,39 @@ def test_with_different_lengths_past_block_size_the_cache_changes_nothing(make, 
         written(generate(model, idx, 40, pad=pad, use_cache=use, generator=g)) for use, g in zip((True, False), dice)
     ]
     assert torch.equal(*found)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Steps of fixed shapes, as a CUDA graph replays them; here without recording
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("prompt", [1, 5, 8, 20])
+def test_steps_of_fixed_shapes_write_the_same_text_past_block_size_too(make, arch, prompt):
+    model, idx = make(arch), tokens(3, prompt)
+    found = written(generate(model, idx, 40, temperature=0, reader=GraphReader(model)))
+    assert torch.equal(found, written(generate(model, idx, 40, temperature=0)))
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_steps_of_fixed_shapes_take_prompts_of_different_lengths(make, arch):
+    model = make(arch)
+    idx, pad = padded([tokens(1, n, seed=n)[0] for n in (6, 3, 1)])
+    found = written(generate(model, idx, 40, temperature=0, reader=GraphReader(model, pad)))
+    assert torch.equal(found, written(generate(model, idx, 40, temperature=0, pad=pad)))
+
+
+def test_a_step_of_fixed_shapes_uses_the_same_memory_each_time(make):
+    model, text = make("gpt"), tokens(2, 3)
+    reader, places = GraphReader(model), set()
+    for _ in range(5):
+        logits = reader.next_logits(text)
+        text = torch.cat([text, logits.argmax(1, keepdim=True)], 1)
+        if reader.replay is not None:
+            places.add(
+                (reader.token.data_ptr(), reader.position.data_ptr(), reader.static.layers[0].layer.k.data_ptr())
+            )
+    assert len(places) == 1
 
 
 # ---------------------------------------------------------------------------------------------------------------------
