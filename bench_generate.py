@@ -31,7 +31,7 @@ WORKS = {
     "many": "32 samples at once, tokens/s in all",
     "first": "first token after a prompt of 200, ms",
 }
-OURS = {"ours": None, "ours, float32": "float32", "ours, bfloat16": "bfloat16", "ours, int8": "int8"}
+OURS = {"ours, float32": "float32", "ours, bfloat16": "bfloat16", "ours, int8": "int8"}
 HOW = dict(temperature=0.8, top_k=40)
 
 
@@ -52,8 +52,10 @@ def main(options):
     if options.case is not None:
         print(json.dumps(measure(options)))
         return 0
-    load_model(options.out_dir)  # a missing model is one line here, not one for each case
-    systems = [name for name in OURS if name != "ours"]
+    model, _ = load_model(options.out_dir)  # a missing model is one line here, not one for each case
+    if options.peers and model.config.block_size <= NEW_TOKENS:
+        raise UserError(f"--peers: write no more than block_size tokens; give a model with more than {NEW_TOKENS}")
+    systems = list(OURS)
     if options.peers:
         if importlib.util.find_spec("transformers") is None:
             raise missing_extra("transformers", "--peers")
@@ -107,6 +109,8 @@ def whole_process(out_dir):
     start = time.perf_counter()
     done = subprocess.run(command, capture_output=True, text=True)
     process = time.perf_counter() - start
+    if done.returncode != 0:
+        raise UserError(f"sample.py failed: {(done.stderr.strip().splitlines() or ['?'])[-1]}")
     start = time.perf_counter()
     subprocess.run([sys.executable, "-c", "import torch"])
     return process, time.perf_counter() - start, float(done.stderr.split(" tokens in ")[1].split(" s")[0])
@@ -163,7 +167,6 @@ def transformers_work(system, work, model, prompt, options):
 
     theirs = GPT2LMHeadModel.from_pretrained(options.out_dir).eval()
     n = 1 if work == "first" else NEW_TOKENS
-    n = min(n, model.config.block_size - prompt.size(1))
     settings = dict(max_new_tokens=n, min_new_tokens=n, pad_token_id=0, attention_mask=torch.ones_like(prompt))
     if work == "beams":
         settings.update(num_beams=4, do_sample=False)

@@ -6,6 +6,7 @@ A run's directory is a Hugging Face model directory that transformers reads as i
     tokenizer.json  tokenizer_config.json          the tokenizer
     state.pt                                       the newest state to resume from: weights, optimizer, random numbers
     metrics.jsonl  loss.png                        what train.py measured
+    draft.safetensors                              counts of the text, with which sample.py is faster (draft.py)
 
 No pickle is ever executed: weights are safetensors, and everything else is read with torch.load(weights_only=True).
 Every file is written beside its place, synced, and renamed over it, so that a crash leaves the old one or the new one.

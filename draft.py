@@ -11,7 +11,7 @@ import os
 
 import torch
 
-from utils import UserError
+from utils import UserError, write_atomically
 
 ORDERS = (5, 4, 3, 2)  # how many tokens a context has; with 2 it is the trigram of chapter 2
 SURE = 0.4  # how often the guess must have been right in the text
@@ -57,7 +57,7 @@ class Draft:
         for order, table in zip(ORDERS, self.tables):
             content[f"contexts.{order}"] = torch.tensor(list(table), dtype=torch.int64)
             content[f"tokens.{order}"] = torch.tensor(list(table.values()), dtype=torch.int32)
-        save_file(content, os.path.join(directory, FILE))
+        write_atomically(os.path.join(directory, FILE), lambda path: save_file(content, path))
 
     @classmethod
     def load(cls, directory):

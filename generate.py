@@ -43,7 +43,7 @@ class LayerCache:
         """
         if self.k is None:
             B, H, _, D = k.shape
-            self.k, self.v = k.new_empty(B, H, self.block_size, D), v.new_empty(B, H, self.block_size, D)
+            self.k, self.v = k.new_zeros(B, H, self.block_size, D), v.new_zeros(B, H, self.block_size, D)
         end = self.length + k.size(2)
         self.k[:, :, self.length : end] = k
         self.v[:, :, self.length : end] = v
@@ -85,6 +85,8 @@ class LayerCache:
                     t[moved, :, : self.length] = t[rows[moved], :, : self.length]
         else:
             self.k, self.v = self.k[rows], self.v[rows]
+        if self.pad is not None:
+            self.pad = self.pad[rows]
         if self.last is not None:
             self.last = self.last[:, -1:].index_select(0, rows)
 
@@ -297,6 +299,9 @@ def generate(
     sampling: a Sampling, in place of the five settings. reader: the Reader that has read a beginning of idx already.
     """
     sampling = sampling or Sampling(temperature, top_k, top_p, min_p, repetition_penalty)
+    if pad is not None:  # filled up with a token of its own text, which no rule then counts as another
+        filler = torch.arange(idx.size(1), device=idx.device) < pad[:, None]  # (B, T)
+        idx = torch.where(filler, idx.gather(1, pad[:, None]), idx)
     text, reader = idx, reader or Reader(model, use_cache, pad)
     for _ in range(max_new_tokens):
         probs = sampling.probs(reader.next_logits(text), text)

@@ -60,6 +60,12 @@ class StaticCache:
     def positions(self, T, device):
         return self.position if self.pad is None else self.position - self.pad[:, None]
 
+    def give_back(self, cache):
+        """Let the cache know what these steps have moved."""
+        for static, layer in zip(self.layers, cache.layers):
+            if static.last is not None:
+                layer.last = static.last.clone()
+
 
 class GraphReader(Reader):
     """A Reader that replays its step where a text has grown by one token; all else it reads as a Reader does."""
@@ -73,6 +79,8 @@ class GraphReader(Reader):
         N = text.size(1)
         grown_by_one = self.start is not None and N - self.start == self.cache.length + 1 <= self.block_size
         if not grown_by_one or last != 1:
+            if not self.stale:
+                self.static.give_back(self.cache)
             self.stale = True
             return super().next_logits(text, last)
         if self.replay is None:
@@ -95,7 +103,9 @@ class GraphReader(Reader):
         self.token, self.position = text[:, -1:].clone(), torch.tensor([self.cache.length], device=text.device)
         self.static = StaticCache(self.cache, self.position)
         self.replay = self._step
-        if text.device.type == "cuda":
+        if text.device.type != "cuda":
+            return
+        with torch.cuda.device(text.device):
             stream = torch.cuda.Stream()
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
@@ -105,5 +115,5 @@ class GraphReader(Reader):
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph):
                 self._step()
-            self.replay = graph.replay
-            self.stale = True  # these runs have moved what the token shift remembers
+        self.replay = graph.replay
+        self.stale = True  # these runs have moved what the token shift remembers

@@ -55,6 +55,9 @@ def lighten(model, how):
     kinds = {"bfloat16": Bfloat16Linear, "int8": Int8Linear}
     if how == "int8" and not hasattr(torch, "_weight_int8pack_mm"):
         raise UserError(f"--quantize int8: needs PyTorch 2.3 or newer, not {torch.__version__}; use --dtype bfloat16")
+    widths = {m.in_features for m in model.modules() if isinstance(m, nn.Linear)}
+    if how == "int8" and any(width % 16 for width in widths):  # the kernel reads 16 numbers at once
+        raise UserError("--quantize int8: needs an n_embd that is a multiple of 16; use --dtype bfloat16")
     for module in list(model.modules()):
         if hasattr(module, "c_q"):  # modern.py's three matrices, read as one
             weight = torch.cat([module.c_q.weight, module.c_k.weight, module.c_v.weight])

@@ -225,7 +225,8 @@ def matmul_peak(device, dtype, size=2048):
 
 def seconds_per_token(learner, x, y):
     """Time a small forward and backward pass over some of x, y (B, T). Leaves no trace: no gradients, same dice."""
-    rows = min(len(x), learner.rows_at_once(x.size(1)) * torch.get_num_threads())
+    threads = torch.get_num_threads() if learner.device.type == "cpu" else 1
+    rows = min(len(x), learner.rows_at_once(x.size(1)) * threads)
     with torch.random.fork_rng():
         for _ in range(3):  # the first runs warm up
             start = time.perf_counter()
@@ -252,9 +253,10 @@ def maybe_compile(learner, x, y, forced, seconds):
 
     seconds: how long the run will take. Falls back to the model as it is, in one line, where no compiler works.
     """
-    on_gpu = learner.device.type == "cuda"
-    cost, gain = (60, 0.3) if on_gpu else (40, 0.1)  # seconds that compiling takes, share of the time that it saves
-    if not forced and gain * seconds < cost:
+    cost, gain = 60, 0.3  # on a GPU: seconds that compiling takes, share of the time that it saves
+    if learner.device.type == "cpu":
+        cost, gain = 40, 0.0  # parts of a batch side by side, which a compiled model cannot do, are as fast
+    if not forced and gain * seconds <= cost:
         print(f"compile: no, this run would not earn back the {cost} s it takes (--compile forces it)")
         return
     print(f"compile: yes, about {cost} s before the first step ...")

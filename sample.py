@@ -103,6 +103,10 @@ def check(options):
     for name in ("interactive", "probs"):
         if getattr(options, name) and (options.num_beams > 1 or options.num_samples > 1):
             raise UserError(f"--{name}: shows one text; leave out --num_beams and --num_samples")
+    if options.probs and options.stop:
+        raise UserError("--probs: shows every token; leave out --stop")
+    if options.quantize and options.dtype:
+        raise UserError(f"--quantize {options.quantize} and --dtype {options.dtype}: give one of the two")
     if options.interactive and (options.probs or options.prompt_file is not None):
         raise UserError("--interactive: reads what you type; leave out --prompt_file and --probs")
 
@@ -157,10 +161,16 @@ class Scribe:
             options.temperature, options.top_k, options.top_p, options.min_p, options.repetition_penalty
         )
         # Guesses pay where a pass over five tokens takes little longer than one over one: on a CPU, for a single text.
-        guess = options.guesses > 0 and device.type == "cpu" and options.num_samples == 1 and not options.probs
+        guess = (
+            options.guesses > 0
+            and device.type == "cpu"
+            and options.num_samples == options.num_beams == 1
+            and not options.probs
+        )
         self.draft = Draft.load(options.out_dir) if guess else None
         at_once = options.num_beams if options.num_beams > 1 else 1 + options.guesses if self.draft else 1
-        measure = device.type == "cpu" and options.num_samples == 1 and at_once <= FEW
+        # Not with a seed: another number of threads rounds otherwise, and could end in another text.
+        measure = device.type == "cpu" and options.num_samples == 1 and at_once <= FEW and options.seed is None
         self.threads = best_threads(model, at_once) if measure else None
         self.reader = GraphReader(model) if device.type == "cuda" else Reader(model, threads=self.threads)
         self.counts, self.written, self.seconds = Speculation(), 0, 0.0
@@ -220,34 +230,39 @@ def many(scribe, idx):
 
 
 def interact(prompt, scribe):
-    """A story by turns: a line from stdin, its continuation, the next line. What was read stays in the cache."""
-    text, said = [], prompt
+    """A story by turns: a line from stdin, its continuation, the next line. What was read stays in the cache.
+
+    What is typed follows the last character that was written, without a line break between.
+    """
+    text = []
+    new = scribe.tokenizer.encode(prompt).tolist() if prompt else []
     write(prompt)
     while True:
-        if said:
-            try:
-                new = scribe.tokenizer.encode(said).tolist()
-            except UserError as error:
-                print(f"sample.py: {error}", file=sys.stderr)
-                new = []
+        if new:
             text += new
-            if new:
-                idx = torch.tensor([text], device=scribe.generator.device)
-                try:
-                    for piece in scribe.continued(idx, text):
-                        write(piece)
-                except KeyboardInterrupt:
-                    pass
-                write("\n")
+            idx, whole = torch.tensor([text], device=scribe.generator.device), False
+            try:
+                for piece in scribe.continued(idx, text):
+                    write(piece)
+                whole = len(text) == idx.size(1) + scribe.options.max_new_tokens
+            except KeyboardInterrupt:
+                pass
+            if not whole:  # the cache may hold more than was written
+                scribe.reader.start = None
+            write("\n")
         if sys.stdin.isatty():
             print("> ", end="", file=sys.stderr, flush=True)
         try:
             said = sys.stdin.readline()
         except KeyboardInterrupt:
-            said = ""
+            return
         if not said:  # the end of the input
             return
-        said = said.rstrip("\n")
+        try:
+            new = scribe.tokenizer.encode(said.rstrip("\n")).tolist()
+        except UserError as error:
+            print(f"sample.py: {error}", file=sys.stderr)
+            new = []
 
 
 # From no surprise to much: background colours of a terminal with 256 of them, light enough for black letters.

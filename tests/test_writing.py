@@ -155,6 +155,26 @@ def test_steps_of_fixed_shapes_take_prompts_of_different_lengths(make, arch):
     assert torch.equal(found, written(generate(model, idx, 40, temperature=0, pad=pad)))
 
 
+@pytest.mark.parametrize("arch", ARCHS)
+def test_between_steps_of_fixed_shapes_a_text_may_grow_by_several_tokens(make, arch):
+    model, text = make(arch, block_size=32), tokens(2, 3)
+    fixed, plain = GraphReader(model), Reader(model, use_cache=False)
+    for grow in (1, 1, 1, 4, 1, 1, 3, 1, 2, 1):
+        torch.testing.assert_close(fixed.next_logits(text), plain.next_logits(text), atol=1e-5, rtol=0)
+        text = torch.cat([text, tokens(2, grow, seed=grow)], 1)
+
+
+@pytest.mark.parametrize(
+    "settings", [dict(repetition_penalty=3.0), dict(repetition_penalty=3.0, use_cache=False)], ids=str
+)
+def test_what_fills_a_row_up_is_not_penalized_as_if_it_were_said(make, settings):
+    model, rows = make("gpt", block_size=16), [tokens(1, n, seed=n)[0] for n in (7, 2)]
+    idx, pad = padded(rows)
+    together = written(generate(model, idx, 9, temperature=0, pad=pad, **settings))
+    alone = [written(generate(model, row[None], 9, temperature=0, **settings)) for row in rows]
+    assert torch.equal(together, torch.cat(alone))
+
+
 def test_a_step_of_fixed_shapes_uses_the_same_memory_each_time(make):
     model, text = make("gpt"), tokens(2, 3)
     reader, places = GraphReader(model), set()
@@ -394,6 +414,12 @@ def test_lighter_weights_are_read_in_parts_as_whole(make, arch, how):
     assert {p.dtype for p in parts} == {torch.float32}
 
 
+@needs_int8
+def test_int8_refuses_widths_that_its_kernel_cannot_read(make):
+    with pytest.raises(UserError, match="multiple of 16"):
+        lighten(make("gpt", n_embd=24), "int8")
+
+
 def test_int8_without_its_kernel_is_one_line(make, monkeypatch):
     monkeypatch.delattr(torch, "_weight_int8pack_mm", raising=False)
     with pytest.raises(UserError, match=r"--quantize int8: needs PyTorch 2\.3"):
@@ -436,6 +462,39 @@ def test_turns_go_on_from_all_that_was_said(command, out_dir):  # noqa: F811
     assert result.out[len(expected) :] == command(sample, *arguments, "--prompt", whole).out[len(whole) :]
 
 
+@pytest.mark.parametrize("flags", ["--guesses 3", "--guesses 0"])
+def test_a_turn_that_a_stop_string_ends_early_leaves_nothing_unwritten_in_the_cache(command, out_dir, flags):  # noqa: F811
+    arguments = [
+        "--out_dir",
+        out_dir,
+        "--max_new_tokens",
+        40,
+        "--temperature",
+        0,
+        "--dtype",
+        "float32",
+        "--stop",
+        "make",
+    ]
+    result = command(sample, *arguments, *flags.split(), "--interactive", stdin=b"1 and 2 \n 6 said \n 9\n")
+    assert result.status == 0, result.err
+    model, tokenizer = sample.load_model(out_dir)
+    text, expected = [], ""
+    for said in ("1 and 2 ", " 6 said ", " 9"):  # without a cache
+        text, writer = text + tokenizer.encode(said).tolist(), sample.TextWriter(tokenizer, "make")
+        for token in generate(model.eval(), torch.tensor([text]), 40, temperature=0, use_cache=False):
+            text.append(int(token))
+            expected += writer.add(int(token))
+            if writer.stopped:
+                break
+        expected += writer.rest() + "\n"
+    assert result.out == expected and "make" not in expected
+
+
+def test_an_unknown_character_in_the_prompt_of_turns_is_refused(command, out_dir):  # noqa: F811
+    assert_refused(command(sample, "--out_dir", out_dir, "--interactive", "--prompt", "é"), "U+00E9")
+
+
 def test_a_turn_with_characters_the_model_does_not_know_is_one_line_and_the_next_goes_on(command, out_dir):  # noqa: F811
     result = command(sample, "--out_dir", out_dir, "--max_new_tokens", 5, "--interactive", stdin="é\n1\n".encode())
     assert result.status == 0 and "U+00E9" in result.err and len(result.out) == 6
@@ -452,6 +511,8 @@ def test_a_turn_with_characters_the_model_does_not_know_is_one_line_and_the_next
         ("--interactive --num_samples 2", "--interactive"),
         ("--probs --num_beams 2", "--probs"),
         ("--interactive --probs", "--interactive"),
+        ("--probs --stop cat", "--probs"),
+        ("--quantize int8 --dtype float32", "--quantize"),
         ("--interactive --prompt_file x", "--interactive"),
     ],
 )
