@@ -76,13 +76,13 @@ class LayerCache:
             self.length -= n
             self.last = None if self.last is None else self.last[:, :-n]
 
-    def select(self, rows):
-        """Make row i of the batch what row `rows[i]` was. Copies only what moves."""
+    def select(self, rows, since=0):
+        """Make row i of the batch what row `rows[i]` was. Copies only the rows that move, from position `since` on."""
         if len(rows) == len(self.k):
             moved = (rows != torch.arange(len(rows), device=rows.device)).nonzero().squeeze(1)
-            if len(moved) > 0:
+            if len(moved) > 0 and since < self.length:
                 for t in (self.k, self.v):
-                    t[moved, :, : self.length] = t[rows[moved], :, : self.length]
+                    t[moved, :, since : self.length] = t[rows[moved], :, since : self.length]
         else:
             self.k, self.v = self.k[rows], self.v[rows]
         if self.pad is not None:
@@ -120,10 +120,13 @@ class KVCache:
         for layer in self.layers:
             layer.forget(n)
 
-    def select(self, rows):
-        """Make row i of the batch what row `rows[i]` was: beam search drops some rows and doubles others."""
+    def select(self, rows, since=0):
+        """Make row i of the batch what row `rows[i]` was: beam search drops some rows and doubles others.
+
+        since: the first position at which a row and what it becomes may differ; what is before stays where it is.
+        """
         for layer in self.layers:
-            layer.select(rows)
+            layer.select(rows, since)
 
 
 class Reader:
@@ -417,9 +420,13 @@ def beam_search(model, idx, max_new_tokens, num_beams, length_penalty=1.0, is_en
         kept = torch.tensor(kept, device=idx.device)
         rows = torch.tensor(rows, device=idx.device)
         log_probs = totals[kept]
+        since = 0
+        if len(rows) == len(beams):  # beams have most of their text in common
+            differ = (beams[rows] != beams).any(dim=0).nonzero()
+            since = int(differ[0]) if len(differ) else beams.size(1)
         beams = torch.cat([beams[rows], (kept % V)[:, None]], dim=1)
         if reader.cache is not None:
-            reader.cache.select(rows)
+            reader.cache.select(rows, max(0, since - reader.start))
         # Log-probabilities only fall. When even the best beam can no longer beat what is finished, we are done.
         reach = score(float(log_probs[0]), max_new_tokens if length_penalty > 0 else length + 1)
         if len(finished) == num_beams and finished[-1].score >= reach:

@@ -63,6 +63,19 @@ def test_select_makes_row_i_what_row_rows_i_was(make_model):
     torch.testing.assert_close(model(new, cache=cache)[0], model(whole)[0], rtol=0, atol=1e-5)
 
 
+def test_select_leaves_what_rows_have_in_common_where_it_is(make_model):
+    model, idx = make_model(), tokens(3, 5)
+    idx[:, :3] = idx[:1, :3]
+    cache, rows = KVCache(model.config), torch.tensor([2, 1, 0])
+    model(idx, cache=cache)
+    before = cache.layers[0].k.clone()
+    cache.select(rows, since=3)
+    assert torch.equal(cache.layers[0].k[:, :, :3], before[:, :, :3])
+    assert torch.equal(cache.layers[0].k[:, :, 3:], before[rows][:, :, 3:])
+    new = tokens(3, 2, seed=1)
+    torch.testing.assert_close(model(new, cache=cache)[0], model(torch.cat([idx[rows], new], 1))[0], rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize("block_size", [1, 2, 7, 8])
 @pytest.mark.parametrize("prompt", [1, 5, 8, 20], ids="prompt{}".format)
 def test_cached_and_uncached_decoding_write_the_same_tokens(make_model, block_size, prompt):
