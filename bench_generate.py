@@ -18,7 +18,7 @@ import torch
 from checkpoint import load_model
 from data import prompt_tokens
 from draft import Draft
-from generate import Reader, Sampling, Speculation, beam_search, best_threads, generate, speculate
+from generate import Reader, Sampling, Speculation, beam_search, best_threads, generate, speculate, use_threads
 from lighten import lighten
 from utils import UserError, missing_extra, option
 
@@ -153,9 +153,13 @@ def our_work(system, work, model, prompt, options):
         how = dict(sampling=Sampling(**HOW), counts=counts, reader=Reader(model, threads=threads))
         return list(speculate(model, prompt, NEW_TOKENS, draft, **how))
 
+    def beams():
+        with use_threads(threads):
+            beam_search(model, prompt, NEW_TOKENS, 4)
+
     works = dict(
         sample=sample,
-        beams=lambda: beam_search(model, prompt, NEW_TOKENS, 4, threads=threads),
+        beams=beams,
         many=lambda: list(generate(model, prompt.expand(32, -1), NEW_TOKENS, **HOW)),
         first=lambda: list(generate(model, prompt, 1, **HOW)),
     )

@@ -381,13 +381,13 @@ class Hypothesis:
 
 
 @torch.inference_mode()
-def beam_search(model, idx, max_new_tokens, num_beams, length_penalty=1.0, is_end=None, use_cache=True, threads=None):
+def beam_search(model, idx, max_new_tokens, num_beams, length_penalty=1.0, is_end=None, use_cache=True):
     """The num_beams best continuations that a beam search finds, best first: a list of Hypothesis.
 
     idx: (1, T), T >= 1. At each step every beam is extended by every token and the num_beams most probable results
     stay. is_end(tokens) -> bool says that a continuation is complete; without it all have max_new_tokens tokens.
     length_penalty: the exponent of the length by which a score is divided; above 0 favours longer texts, below 0
-    shorter ones (Wu et al. 2016, section 7, in the form that is usual today). threads: as for a Reader.
+    shorter ones (Wu et al. 2016, section 7, in the form that is usual today).
     """
 
     def score(log_prob, length):
@@ -395,7 +395,7 @@ def beam_search(model, idx, max_new_tokens, num_beams, length_penalty=1.0, is_en
 
     if max_new_tokens == 0:
         return [Hypothesis(0.0, [])]
-    reader, finished = Reader(model, use_cache, threads=threads), []
+    reader, finished = Reader(model, use_cache), []
     dtype = torch.float32 if idx.device.type == "mps" else torch.float64  # an Apple GPU has no float64
     beams, log_probs = idx, torch.zeros(1, dtype=dtype, device=idx.device)  # (b, T + length), (b,)
     for length in range(1, max_new_tokens + 1):

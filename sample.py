@@ -23,7 +23,7 @@ import torch
 from checkpoint import gpt2_tokenizer, load_model
 from data import prompt_tokens
 from draft import Draft
-from generate import FEW, Reader, Sampling, Speculation, beam_search, best_threads, generate, speculate
+from generate import FEW, Reader, Sampling, Speculation, beam_search, best_threads, generate, speculate, use_threads
 from graphs import GraphReader
 from lighten import lighten
 from utils import UserError, option, parse_options, pick_device, pick_dtype, run_command
@@ -304,8 +304,9 @@ def search(scribe, idx):
     def is_end(ids):
         return options.stop in tokenizer.decode(ids)
 
-    ends = dict(length_penalty=options.length_penalty, is_end=is_end if options.stop else None, threads=scribe.threads)
-    found = beam_search(scribe.model, idx, options.max_new_tokens, options.num_beams, **ends)
+    ends = dict(length_penalty=options.length_penalty, is_end=is_end if options.stop else None)
+    with use_threads(scribe.threads):
+        found = beam_search(scribe.model, idx, options.max_new_tokens, options.num_beams, **ends)
     scribe.written, scribe.seconds = len(found[0].tokens), time.perf_counter() - start
     texts = [tokenizer.decode(hypothesis.tokens) for hypothesis in found]
     return [text.split(options.stop)[0] if options.stop else text for text in texts]
