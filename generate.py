@@ -5,7 +5,8 @@
     speculate()      the same, faster: checks several guessed tokens in one pass of the model
     beam_search()    keeps the few most probable continuations and returns the best
 
-Any model with `logits, loss = model(idx, cache=cache, last=n)` and `model.config.block_size` can be used.
+Any model with `logits, loss = model(idx, cache=cache)` and `model.config.block_size` can be used; with guesses it also
+needs `last=n`, for the logits of the last n positions.
 
 When a text grows past block_size, the model goes on with the newest half of its window: it drops the older half, reads
 the rest once more, and has room for block_size / 2 further tokens. So a token costs the same however long the text is.
@@ -161,7 +162,7 @@ class Reader:
         read = 0 if self.cache is None else self.cache.length
         new = text[:, self.start + read :]
         with use_threads(self.threads if new.numel() <= FEW else None):
-            logits, _ = self.model(new, cache=self.cache, last=last)
+            logits, _ = self.model(new, cache=self.cache, **({} if last == 1 else dict(last=last)))
         return logits[:, -1].float() if last == 1 else logits.float()
 
     def _begin(self, start):

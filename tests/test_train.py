@@ -125,8 +125,9 @@ def test_gradient_accumulation_gives_the_losses_of_the_run_with_the_large_batch(
     same = dict(arch=arch, dropout=0.0, max_iters=10)
     large = run("large", batch_size=64, **same)[1]
     small = run("small", batch_size=16, gradient_accumulation_steps=4, **same)[1]
-    assert losses(small) == pytest.approx(losses(large), abs=1e-5)
-    assert losses(small, "val_loss") == pytest.approx(losses(large, "val_loss"), abs=1e-5)
+    atol = 1e-5 if arch == "gpt" else 2e-3  # Muon's products are in bfloat16: a last digit may become a third one
+    assert losses(small) == pytest.approx(losses(large), abs=atol)
+    assert losses(small, "val_loss") == pytest.approx(losses(large, "val_loss"), abs=atol)
     assert small[-1]["tokens"] == large[-1]["tokens"] == 10 * 64 * 8
 
 
