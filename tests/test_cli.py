@@ -490,8 +490,8 @@ def test_a_prompt_comes_through_a_pipe(finished):
 
 
 def test_text_streams_and_ctrl_c_ends_it_without_a_traceback(finished):
-    n = 4000  # fits in the buffer of a pipe's writer: without streaming nothing would come before all is written
-    process = start("sample.py", "--max_new_tokens", n, "--device", "cpu", cwd=finished.cwd)
+    n = 8000  # fits in the buffer of a pipe's writer: without streaming nothing would come before all is written
+    process = start("sample.py", "--max_new_tokens", n, "--guesses", 0, "--device", "cpu", cwd=finished.cwd)
     first = process.stdout.read(1)
     process.send_signal(signal.SIGINT)
     result = finish(process)
