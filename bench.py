@@ -11,14 +11,12 @@ round, because a machine's speed drifts; what is shown is the median, and the sp
 The peak is measured, not looked up: the fastest product of two large matrices in the number format that training uses.
 """
 
-import importlib.util
 import json
 import os
 import pickle
 import platform
 import shutil
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -33,7 +31,7 @@ import bench_generate
 import modern
 import optim
 import train
-from bench_generate import AS_PYTORCH_HAS_IT
+from bench_peers import AS_PYTORCH_HAS_IT, finished, measured, nanogpt_module, peers
 from checkpoint import METRICS, load_model
 from data import load_data, validation_loss
 from generate import generate
@@ -41,7 +39,7 @@ from model import GPT, GPTConfig
 from optim import Learner
 from plan import matmul_peak
 from train import TrainOptions
-from utils import UserError, autocast, missing_extra, option, parse_options, pick_device, pick_dtype, run_command
+from utils import UserError, autocast, option, parse_options, pick_device, pick_dtype, run_command
 
 # The two settings that peers report on: the default model, and nanoGPT's for a computer without a GPU.
 SETTINGS = {
@@ -154,10 +152,7 @@ def peer_model(system, setting, options):
         sizes.update(n_positions=setting.block_size, vocab_size=VOCAB_SIZE, bos_token_id=None, eos_token_id=None)
         p = setting.dropout
         return GPT2LMHeadModel(GPT2Config(attn_pdrop=p, embd_pdrop=p, resid_pdrop=p, **sizes))
-    spec = importlib.util.spec_from_file_location("nanogpt_model", os.path.join(options.nanogpt, "model.py"))
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
+    module = nanogpt_module(options.nanogpt)
     return module.GPT(module.GPTConfig(**{**asdict(model_config(setting)), "bias": False}))
 
 
@@ -226,10 +221,10 @@ def speed(options):
             print(f"round {number + 1} of {options.rounds}: {case}", file=sys.stderr)
             results[case].append(run_case(case, options))
     rows = []
-    for case, measured in results.items():
+    for case, found in results.items():
         system, work, name = case.split("|")
-        speeds = [m["tokens_per_s"] for m in measured]
-        memory = [m["memory_mb"] for m in measured if m["memory_mb"] is not None]
+        speeds = [m["tokens_per_s"] for m in found]
+        memory = [m["memory_mb"] for m in found if m["memory_mb"] is not None]
         row = dict(system=system, work=work, setting=name, tokens_per_s=statistics.median(speeds))
         row.update(lowest=min(speeds), highest=max(speeds), memory_mb=max(memory) if memory else None)
         if work == "train":
@@ -257,31 +252,13 @@ def print_table(name, rows):
         print(f"  {label:<26}{row['tokens_per_s']:>10,.0f}  {spread:>18}{ratio:>10}{share:>9}{memory:>10}")
 
 
-def peers(options):
-    """The peers that are asked for. Raises UserError where one is not there."""
-    found = []
-    if options.peers:
-        if importlib.util.find_spec("transformers") is None:
-            raise missing_extra("transformers", "--peers")
-        found.append("transformers")
-    if options.nanogpt is not None:
-        if not os.path.isfile(os.path.join(options.nanogpt, "model.py")):
-            raise UserError(f"--nanogpt {options.nanogpt}: holds no model.py; give the directory of a nanoGPT clone")
-        found.append("nanogpt")
-    return found
-
-
 def run_case(case, options):
     """Measure a case in a new process."""
     command = [sys.executable, os.path.abspath(__file__), "--case", case, "--seconds", str(options.seconds)]
     for name in ("nanogpt", "device"):
         if getattr(options, name) is not None:
             command += [f"--{name}", getattr(options, name)]
-    env = None if case.startswith("ours|") else AS_PYTORCH_HAS_IT
-    done = subprocess.run(command, capture_output=True, text=True, env=env)
-    if done.returncode != 0:
-        raise UserError(f"measuring {case} failed: {(done.stderr.strip().splitlines() or ['?'])[-1]}")
-    return json.loads(done.stdout.splitlines()[-1])
+    return measured(command, case)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -351,9 +328,7 @@ def nanogpt_run(clone, data, seed):
 def timed(command, cwd=None, env=None):
     """Run a command; returns its seconds from start to exit. Raises UserError with its last line where it fails."""
     start = time.perf_counter()
-    done = subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True)
-    if done.returncode != 0:
-        raise UserError(f"{' '.join(command)} failed: {(done.stderr.strip().splitlines() or ['?'])[-1]}")
+    finished(command, " ".join(command), cwd=cwd, env=env)
     return time.perf_counter() - start
 
 

@@ -3,7 +3,6 @@
 Each figure is measured in a process of its own; the systems take turns, round after round. Shown is the median.
 """
 
-import importlib.util
 import json
 import os
 import statistics
@@ -15,15 +14,15 @@ from typing import Optional
 
 import torch
 
+from bench_peers import finished, measured, nanogpt_module, peers
 from checkpoint import load_model
 from data import prompt_tokens
 from draft import Draft
 from generate import Reader, Sampling, Speculation, beam_search, best_threads, generate, speculate, use_threads
 from lighten import lighten
-from utils import UserError, missing_extra, option
+from utils import UserError, option
 
 HERE = os.path.dirname(os.path.abspath(__file__))
-AS_PYTORCH_HAS_IT = dict(os.environ, GOMP_SPINCOUNT="300000")  # for peers: utils.py set this to another value for us
 NEW_TOKENS = 250
 WORKS = {
     "sample": "one stream, tokens/s",
@@ -55,15 +54,7 @@ def main(options):
     model, _ = load_model(options.out_dir)  # a missing model is one line here, not one for each case
     if options.peers and model.config.block_size <= NEW_TOKENS:
         raise UserError(f"--peers: write no more than block_size tokens; give a model with more than {NEW_TOKENS}")
-    systems = list(OURS)
-    if options.peers:
-        if importlib.util.find_spec("transformers") is None:
-            raise missing_extra("transformers", "--peers")
-        systems.append("transformers")
-    if options.nanogpt is not None:
-        if not os.path.isfile(os.path.join(options.nanogpt, "model.py")):
-            raise UserError(f"--nanogpt {options.nanogpt}: holds no model.py; give the directory of a nanoGPT clone")
-        systems.append("nanogpt")
+    systems = [*OURS, *peers(options)]
     cases = [f"{s}|{w}" for w in WORKS for s in systems if s != "nanogpt" or w in ("sample", "first")]
     results = {case: [] for case in cases}
     whole = []
@@ -95,11 +86,7 @@ def run_case(case, options):
     command = [sys.executable, os.path.join(HERE, "bench.py"), "generate", "--case", case, "--out_dir", options.out_dir]
     if options.nanogpt is not None:
         command += ["--nanogpt", options.nanogpt]
-    env = None if case.startswith("ours") else AS_PYTORCH_HAS_IT
-    done = subprocess.run(command, capture_output=True, text=True, env=env)
-    if done.returncode != 0:
-        raise UserError(f"measuring {case} failed: {(done.stderr.strip().splitlines() or ['?'])[-1]}")
-    return json.loads(done.stdout.splitlines()[-1])
+    return measured(command, case)
 
 
 def whole_process(out_dir):
@@ -107,10 +94,8 @@ def whole_process(out_dir):
     command = [sys.executable, os.path.join(HERE, "sample.py"), "--out_dir", out_dir]
     command += ["--max_new_tokens", "200", "--temperature", "0.8", "--top_k", "40", "--stats"]
     start = time.perf_counter()
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = finished(command, "sample.py")
     process = time.perf_counter() - start
-    if done.returncode != 0:
-        raise UserError(f"sample.py failed: {(done.stderr.strip().splitlines() or ['?'])[-1]}")
     start = time.perf_counter()
     subprocess.run([sys.executable, "-c", "import torch"])
     return process, time.perf_counter() - start, float(done.stderr.split(" tokens in ")[1].split(" s")[0])
@@ -182,10 +167,7 @@ def transformers_work(system, work, model, prompt, options):
 
 
 def nanogpt_work(system, work, model, prompt, options):
-    spec = importlib.util.spec_from_file_location("nanogpt_model", os.path.join(options.nanogpt, "model.py"))
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
+    module = nanogpt_module(options.nanogpt)
     sizes = {k: v for k, v in asdict(model.config).items() if k in module.GPTConfig.__dataclass_fields__}
     theirs = module.GPT(module.GPTConfig(**sizes)).eval()
     return (lambda: theirs.generate(prompt, 1 if work == "first" else NEW_TOKENS, **HOW)), lambda: ""

@@ -349,13 +349,11 @@ def speculate(model, idx, max_new_tokens, draft, guesses=3, sampling=None, gener
         written = []
         for i in range(1 + len(guessed)):
             probs = sampling.probs(logits[:, i], text[:, : N + i])  # (1, V)
-            if i == len(guessed):
-                written.append(int(pick(probs, generator)))
-                break
-            if torch.rand((), generator=generator, device=idx.device) < probs[0, guessed[i]]:
-                written.append(guessed[i])
-                continue
-            probs[0, guessed[i]] = 0.0
+            if i < len(guessed):
+                if torch.rand((), generator=generator, device=idx.device) < probs[0, guessed[i]]:
+                    written.append(guessed[i])
+                    continue
+                probs[0, guessed[i]] = 0.0
             written.append(int(pick(probs, generator)))
             break
         if reader.cache is not None:

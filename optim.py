@@ -49,7 +49,10 @@ class Muon(getattr(torch.optim, "Muon", object)):  # PyTorch 2.9
                     of_shape.setdefault(p.shape, []).append(p)
             for (rows, columns), weights in of_shape.items():
                 grads = [p.grad for p in weights]
-                means = [self.state[p].setdefault("momentum_buffer", torch.zeros_like(p)) for p in weights]
+                for p in weights:
+                    if "momentum_buffer" not in self.state[p]:
+                        self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+                means = [self.state[p]["momentum_buffer"] for p in weights]
                 torch._foreach_lerp_(means, grads, 1 - group["momentum"])
                 updates = torch._foreach_lerp(grads, means, group["momentum"])  # Nesterov's momentum
                 updates = orthogonal(torch.stack(updates))

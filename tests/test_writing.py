@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from test_cli import assert_refused, command  # noqa: F401
+from test_generate import Table, tokens
 
 import bench
 import plan
@@ -59,22 +60,8 @@ def make(make_model):
     return make
 
 
-def tokens(batch, length, seed=0):
-    return torch.randint(11, (batch, length), generator=torch.Generator().manual_seed(seed))
-
-
 def written(steps):
     return torch.stack(list(steps), dim=1)
-
-
-class Table:
-    """A model whose next token depends on the last one alone: row i holds the probabilities after token i."""
-
-    def __init__(self, rows, block_size=64):
-        self.config, self.log_probs = SimpleNamespace(block_size=block_size), torch.tensor(rows).log()
-
-    def __call__(self, idx, cache=None, last=1):
-        return self.log_probs[idx[:, -last:]], None
 
 
 class Fixed:
@@ -231,7 +218,7 @@ ROWS = [[0.5, 0.3, 0.15, 0.05], [0.1, 0.2, 0.3, 0.4], [0.25, 0.25, 0.25, 0.25], 
 @pytest.mark.parametrize("after", [lambda t: (t + 1) % 4, lambda t: 0, lambda t: 3], ids=["next", "0", "3"])
 def test_texts_with_guesses_have_exactly_the_probabilities_of_the_model(start, settings, after):
     """Texts of three tokens, against the product of the model's probabilities."""
-    model, sampling = Table(ROWS), Sampling(**settings)
+    model, sampling = Table(*ROWS), Sampling(**settings)
     probs = next_token_probs(model.log_probs, settings.get("temperature", 1.0), settings.get("top_k")).tolist()
     dice, found = torch.Generator().manual_seed(0), collections.Counter()
     draft, idx = Fixed(after), torch.tensor([[start]])
@@ -247,7 +234,7 @@ def test_texts_with_guesses_have_exactly_the_probabilities_of_the_model(start, s
 
 
 def test_next_tokens_follow_the_model_in_20000_draws_at_several_contexts():
-    model, dice, draft = Table(ROWS), torch.Generator().manual_seed(0), Fixed(lambda t: (t + 1) % 4)
+    model, dice, draft = Table(*ROWS), torch.Generator().manual_seed(0), Fixed(lambda t: (t + 1) % 4)
     for start, probs in enumerate(ROWS):
         found, idx = collections.Counter(), torch.tensor([[start]])
         for _ in range(5_000):

@@ -1,0 +1,48 @@
+"""What the benchmarks need of peers: who is asked for, a nanoGPT clone's model.py, processes as peers have them."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+
+from utils import UserError, missing_extra
+
+AS_PYTORCH_HAS_IT = dict(os.environ, GOMP_SPINCOUNT="300000")  # for peers: utils.py set this to another value for us
+
+
+def peers(options):
+    """The peers that are asked for. Raises UserError where one is not there."""
+    found = []
+    if options.peers:
+        if importlib.util.find_spec("transformers") is None:
+            raise missing_extra("transformers", "--peers")
+        found.append("transformers")
+    if options.nanogpt is not None:
+        if not os.path.isfile(os.path.join(options.nanogpt, "model.py")):
+            raise UserError(f"--nanogpt {options.nanogpt}: holds no model.py; give the directory of a nanoGPT clone")
+        found.append("nanogpt")
+    return found
+
+
+def nanogpt_module(clone):
+    """The model.py of a nanoGPT clone, imported."""
+    spec = importlib.util.spec_from_file_location("nanogpt_model", os.path.join(clone, "model.py"))
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def finished(command, what, **settings):
+    """Run a command to its end. Raises UserError with its last line where it fails."""
+    done = subprocess.run(command, capture_output=True, text=True, **settings)
+    if done.returncode != 0:
+        raise UserError(f"{what} failed: {(done.stderr.strip().splitlines() or ['?'])[-1]}")
+    return done
+
+
+def measured(command, case):
+    """The JSON that a command prints which measures a case, SYSTEM|..., in a process as that system has it."""
+    env = None if case.startswith("ours") else AS_PYTORCH_HAS_IT
+    return json.loads(finished(command, f"measuring {case}", env=env).stdout.splitlines()[-1])
