@@ -2,13 +2,14 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: train sample test lint bench notebooks clean
+.PHONY: train sample test test-long lint bench notebooks clean
 
 train: .venv/ready            ; $(BIN)/python train.py $(NEW) $(ARGS)
 sample: .venv/ready           ; $(BIN)/python sample.py $(ARGS)
 bench: .venv/ready            ; $(BIN)/python bench.py $(ARGS)
 lint: .venv/ready-dev         ; $(BIN)/ruff check . && $(BIN)/ruff format --check .
 test: lint                    ; $(BIN)/python -m pytest -q $(ARGS)
+test-long: .venv/ready-dev    ; $(BIN)/python -m pytest -q -m long $(ARGS)
 notebooks: .venv/ready-dev    ; $(BIN)/jupyter execute --inplace gpt_dev.ipynb
 clean:                        ; rm -rf .venv .pytest_cache .ruff_cache __pycache__ tests/__pycache__
 
