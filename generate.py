@@ -77,15 +77,13 @@ class LayerCache:
             self.length -= n
             self.last = None if self.last is None else self.last[:, :-n]
 
-    def select(self, rows, since=0):
-        """Make row i of the batch what row `rows[i]` was. Copies only the rows that move, from position `since` on."""
-        if len(rows) == len(self.k):
-            moved = (rows != torch.arange(len(rows), device=rows.device)).nonzero().squeeze(1)
-            if len(moved) > 0 and since < self.length:
-                for t in (self.k, self.v):
-                    t[moved, :, since : self.length] = t[rows[moved], :, since : self.length]
-        else:
+    def select(self, rows, moved, since):
+        """Make row i of the batch what row `rows[i]` was; only the rows `moved` change, from position `since` on."""
+        if len(rows) != len(self.k):
             self.k, self.v = self.k[rows], self.v[rows]
+        elif len(moved) > 0 and since < self.length:
+            for t in (self.k, self.v):
+                t[moved, :, since : self.length] = t[rows[moved], :, since : self.length]
         if self.pad is not None:
             self.pad = self.pad[rows]
         if self.last is not None:
@@ -126,8 +124,9 @@ class KVCache:
 
         since: the first position at which a row and what it becomes may differ; what is before stays where it is.
         """
+        moved = (rows != torch.arange(len(rows), device=rows.device)).nonzero().squeeze(1)
         for layer in self.layers:
-            layer.select(rows, since)
+            layer.select(rows, moved, since)
 
 
 class Reader:
