@@ -47,6 +47,14 @@ def load_text(path):
 # Tokenizers: encode(text) -> (T,) int64 tensor, decode(ids) -> text, vocab_size, save(directory)
 
 
+class UnknownCharacters(UserError):
+    """A text with characters that a vocabulary of characters does not have; names: the first of them, in words."""
+
+    def __init__(self, names):
+        super().__init__(f"the model was trained on a text without the character(s) {names}; leave them out")
+        self.names = names
+
+
 class CharTokenizer:
     """One token a character: exactly the characters of the training text, in code-point order."""
 
@@ -60,7 +68,7 @@ class CharTokenizer:
         return cls(sorted(set(text)))
 
     def encode(self, text):
-        """Raises UserError naming the characters that the vocabulary does not have."""
+        """Raises UnknownCharacters, which names those that the vocabulary does not have."""
         if not text:
             return torch.empty(0, dtype=torch.int64)
         code_points = torch.frombuffer(bytearray(text.encode("utf-32-le", "surrogatepass")), dtype=torch.int32)
@@ -68,7 +76,7 @@ class CharTokenizer:
         if not torch.equal(self._code_points[ids], code_points.long()):
             strange = sorted(set(text) - set(self.chars))
             names = ", ".join(f"{c!r} (U+{ord(c):04X})" for c in strange[:5]) + (" ..." if len(strange) > 5 else "")
-            raise UserError(f"the model was trained on a text without the character(s) {names}; leave them out")
+            raise UnknownCharacters(names)
         return ids
 
     def decode(self, ids):

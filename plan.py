@@ -12,13 +12,27 @@ from dataclasses import asdict, replace
 import torch
 
 from checkpoint import METRICS, gpt2_tokenizer, holds_run, load_model, load_state
-from data import load_data, load_tokenizer
+from data import UnknownCharacters, load_data, load_tokenizer
 from model import GPT, GPTConfig
 from modern import Modern, ModernConfig
 from utils import UserError
 
 # What a modern model has for a default in place of TrainOptions'.
 MODERN = dict(learning_rate=4e-3, min_lr=0.0, warmup_iters=20, weight_decay=0.0, beta1=0.8, beta2=0.95)
+
+# What fine-tuning (--init_from) has for a default in place of both: weights that know much should change little, and
+# soon. The shape of the recipe is that of Radford et al. 2018 (GPT-1), 4.1; the rates were tried on texts of our own.
+FINE_TUNING = dict(
+    learning_rate=1e-4,  # a third of a new model's: larger steps lose more of what it knows than they add
+    warmup_iters=20,  # AdamW's means begin empty, and a run of few steps has few to spare
+    dropout=0.1,  # less than a new model's: it sees the text a few times only
+    weight_decay=0.01,  # the weights have found their size; do not pull them to zero
+)
+FINE_TUNING_MODERN = dict(MODERN, learning_rate=4e-4, matrix_lr=2e-3, dropout=0.1)  # a tenth of a new model's rates
+PASSES = 3  # times that fine-tuning reads the text, which is enough in most cases (Radford et al. 2018)
+FINE_TUNING_STEPS = (50, 2000)  # but at least so many steps, and at most
+STEP_TOKENS = 16_384  # tokens in a step, whatever the context: as many as a new model's 64 windows of 256
+EVALUATIONS = 10  # in the whole of a fine-tuning
 
 # Of a resumed run these may change; everything else would make it another run.
 MAY_CHANGE = {"resume", "data", "out_dir", "max_iters", "minutes", "eval_interval", "eval_iters", "log_interval"}
@@ -61,6 +75,15 @@ def make_directory(options):
 # Settings, model and text
 
 
+def memory_of(device):
+    """The bytes of memory that a GPU, or else the machine, has; None where the system does not tell."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    if not hasattr(os, "sysconf"):  # Windows
+        return None
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
 def check_memory(options, vocab_size):
     """Raises UserError where the run cannot fit in this machine's memory, before it is filled up or takes forever.
 
@@ -70,34 +93,39 @@ def check_memory(options, vocab_size):
     parameters = 12 * o.n_layer * o.n_embd**2 + (vocab_size + o.block_size) * o.n_embd
     tokens = o.batch_size * o.block_size
     needed = 16 * parameters + 4 * tokens * vocab_size + 16 * tokens * o.gradient_accumulation_steps
-    if not hasattr(os, "sysconf"):  # Windows
-        return
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    memory = memory_of(torch.device("cpu"))
     if torch.cuda.is_available():
-        memory = max(memory, torch.cuda.get_device_properties(0).total_memory)
-    if needed > memory:
+        memory = max(memory or 0, memory_of(torch.device("cuda", 0)))
+    if memory is not None and needed > memory:
         raise UserError(
             f"these sizes need at least {needed / 2**30:,.0f} GiB of memory and this machine has {memory / 2**30:.0f}; "
             f"lower --batch_size, --n_embd or --n_layer"
         )
 
 
-def choose_settings(options, given, data, device, dtype):
-    """Fill in what was not given: a modern model's defaults and, with --minutes, the sizes that suit the time."""
-    chosen = {}
-    if options.minutes is not None:
-        chosen["arch"] = "modern" if hasattr(torch.optim, "Muon") else "gpt"
-        sizes, why = for_minutes(options.minutes, len(data.train), device, dtype)
-        chosen.update(sizes)
-    arch = options.arch if "arch" in given or options.minutes is None else chosen["arch"]
-    if arch == "modern":
-        chosen = {**MODERN, **chosen}
+def choose_settings(options, given, tokens, device, dtype, peak=None):
+    """Fill in what was not given, for a text of so many training tokens, and show it where it was chosen.
+
+    A modern model has its own defaults, a fine-tuning too; with --minutes the sizes are those that suit the time. peak:
+    the FLOP/s to choose them for, where it need not be measured.
+    """
+    chosen, why = {}, None
+    if options.init_from is not None:
+        chosen, why = for_fine_tuning(options, given, tokens)
     elif options.minutes is not None:
-        chosen.update(learning_rate=2e-3, min_lr=0.0)
-        chosen.pop("matrix_lr", None)
+        chosen["arch"] = "modern" if hasattr(torch.optim, "Muon") else "gpt"
+        sizes, why = for_minutes(options.minutes, tokens, device, dtype, peak)
+        chosen.update(sizes)
+        if (options.arch if "arch" in given else chosen["arch"]) == "modern":
+            chosen = {**MODERN, **chosen}
+        else:
+            chosen.update(learning_rate=2e-3, min_lr=0.0)
+            chosen.pop("matrix_lr", None)
+    elif options.arch == "modern":
+        chosen = MODERN
     chosen = {name: value for name, value in chosen.items() if name not in given}
-    if options.minutes is not None:
-        shown = {name: value for name, value in chosen.items() if name != "max_iters"}
+    if why is not None:
+        shown = {name: value for name, value in chosen.items() if value != STEPS_WITHOUT_END}
         print(f"{why}:")
         print(
             " ".join(f"--{name} {value:g}" if name != "arch" else f"--{name} {value}" for name, value in shown.items())
@@ -105,44 +133,86 @@ def choose_settings(options, given, data, device, dtype):
     return replace(options, **chosen)
 
 
-def build_model(options, vocab_size):
-    """A new model. Raises UserError where the sizes make none, or none that fits this machine."""
+def for_fine_tuning(options, given, tokens):
+    """What a run from the weights of --init_from has for defaults. Returns (options, why).
+
+    options: with the sizes of the model. The steps are as many as read the text PASSES times.
+    """
+    chosen = dict(FINE_TUNING_MODERN if options.arch == "modern" else FINE_TUNING)
+    chosen["batch_size"] = max(1, STEP_TOKENS // options.block_size)
+    batch_size = options.batch_size if "batch_size" in given else chosen["batch_size"]
+    if options.minutes is not None:
+        chosen.update(min_lr=0.0, max_iters=STEPS_WITHOUT_END)
+        return chosen, f"fine-tuning {options.init_from} on {tokens:,} tokens for {options.minutes:g} min"
+    step_tokens = batch_size * options.gradient_accumulation_steps * options.block_size
+    least, most = FINE_TUNING_STEPS
+    chosen["max_iters"] = min(most, max(least, math.ceil(PASSES * tokens / step_tokens)))
+    steps = options.max_iters if "max_iters" in given else chosen["max_iters"]
+    chosen["eval_interval"] = max(1, steps // EVALUATIONS)
+    return chosen, f"fine-tuning {options.init_from} on {tokens:,} tokens, {steps * step_tokens / tokens:.1f} times"
+
+
+def make_config(options, vocab_size):
+    """The shape of a new model. Raises UserError where the sizes make none."""
     sizes = {name: getattr(options, name) for name in ("block_size", "n_layer", "n_head", "n_embd", "dropout")}
     try:
         if options.arch == "modern":
-            config = ModernConfig(vocab_size=vocab_size, **sizes)
-        else:
-            config = GPTConfig(vocab_size=vocab_size, bias=options.bias, **sizes)
+            return ModernConfig(vocab_size=vocab_size, **sizes)
+        return GPTConfig(vocab_size=vocab_size, bias=options.bias, **sizes)
     except ValueError as error:
         raise UserError(f"--{error}") from None
+
+
+def build_model(options, vocab_size):
+    """A new model. Raises UserError where the sizes make none, or none that fits this machine."""
+    config = make_config(options, vocab_size)
     check_memory(options, vocab_size)
     return Modern(config) if options.arch == "modern" else GPT(config)
 
 
 def begin(options, given, device, dtype):
     """The model and text of a new run. Returns (options, model, data)."""
-    if options.init_from is None:
-        data = load_data(options.data)
-        options = choose_settings(options, given, data, device, dtype)
-        data.check_length(options.block_size)
-        return options, build_model(options, data.tokenizer.vocab_size), data
+    if options.init_from is not None:
+        return begin_from(options, given, device, dtype)
+    options, data = settle(options, given, device, dtype)
+    return options, build_model(options, data.tokenizer.vocab_size), data
+
+
+def settle(options, given, device, dtype, peak=None):
+    """The settings and text of a new run. Returns (options, data). peak: as for choose_settings."""
+    data = load_data(options.data)
+    options = choose_settings(options, given, len(data.train), device, dtype, peak)
+    data.check_length(options.block_size)
+    return options, data
+
+
+def begin_from(options, given, device, dtype):
+    """The model and text of a run that starts from the weights of --init_from. Returns (options, model, data)."""
     block_size = options.block_size if "block_size" in given else None
-    model, tokenizer = load_model(options.init_from, block_size, options.dropout)
+    dropout = options.dropout if "dropout" in given else FINE_TUNING["dropout"]
+    model, tokenizer = load_model(options.init_from, block_size, dropout)
     found = dict(asdict(model.config), arch="modern" if isinstance(model, Modern) else "gpt")
     for name in ("arch", "block_size", "n_layer", "n_head", "n_embd", "bias"):
         wanted = getattr(options, name)
         if name in given and name in found and wanted != found[name]:
             raise UserError(f"--{name} {wanted}: {options.init_from} has {found[name]}; leave the flag out")
-    found = {name: value for name, value in found.items() if hasattr(options, name) and name != "dropout"}
+    options = replace(options, **{name: value for name, value in found.items() if hasattr(options, name)})
     tokenizer = tokenizer or gpt2_tokenizer(model)
-    data = load_data(options.data, tokenizer)
+    try:
+        data = load_data(options.data, tokenizer)
+    except UnknownCharacters as error:
+        raise UserError(
+            f"--data {options.data}: has the character(s) {error.names}, which the model in {options.init_from} does "
+            f"not know; take them out of the text, or train a new model without --init_from"
+        ) from None
     ours, theirs = data.tokenizer.vocab_size, model.config.vocab_size
     if ours > theirs or (tokenizer is None and ours != theirs):
         raise UserError(
             f"--init_from {options.init_from}: knows {theirs} tokens, but {options.data} has {ours}; give the text it "
             f"was trained on, or start without --init_from"
         )
-    options = choose_settings(replace(options, **found), given | set(found) | {"dropout"}, data, device, dtype)
+    options = choose_settings(options, given, len(data.train), device, dtype)
+    data.check_length(options.block_size)
     return options, model, data
 
 
@@ -186,14 +256,14 @@ SIZES = (
 STEPS_WITHOUT_END = 10**9  # max_iters where the clock ends the run
 
 
-def for_minutes(minutes, tokens, device, dtype):
+def for_minutes(minutes, tokens, device, dtype, peak=None):
     """The options for a run of that many minutes on a text of so many training tokens. Returns (options, why).
 
     The rule: measure the machine's matrix products, multiply by the time, look the size up in SIZES. A run makes some
     40 % of that work, which says how many tokens it will see. From eight times the text on, dropout keeps it from
     learning the text by heart: 0.05 at eight times, and 0.1 more each time that doubles, up to 0.5.
     """
-    peak = matmul_peak(device, dtype)
+    peak = peak or matmul_peak(device, dtype)
     work = peak * minutes * 60
     sizes = next(dict(sizes) for most, sizes in SIZES if work < most)
     while sizes["block_size"] > 8 and sizes["block_size"] * 8 > tokens:  # a very short text
@@ -234,6 +304,11 @@ def seconds_per_token(learner, x, y):
             losses[-1].item()  # waits for the device
             seconds = time.perf_counter() - start
     return seconds / (rows * x.size(1))
+
+
+def evaluation_seconds(token_seconds, options, data):
+    """How long an evaluation takes: a forward pass alone, without dropout, is some 40 % of a step's work."""
+    return 0.4 * token_seconds * min(len(data.val), options.eval_iters * options.batch_size * options.block_size)
 
 
 def smaller_setting(options):

@@ -25,12 +25,22 @@ import torch
 from tqdm import tqdm
 
 import plots
+from budget import check_flags, show
 from checkpoint import METRICS, save_model, save_state
 from data import prompt_tokens, validation_loss
 from draft import Draft
 from generate import generate
 from optim import Learner, lr_share
-from plan import begin, check_directory, make_directory, maybe_compile, resume, seconds_per_token, smaller_setting
+from plan import (
+    begin,
+    check_directory,
+    evaluation_seconds,
+    make_directory,
+    maybe_compile,
+    resume,
+    seconds_per_token,
+    smaller_setting,
+)
 from utils import (
     STARTED,
     UserError,
@@ -56,6 +66,11 @@ class TrainOptions:
         False, "where out_dir holds an earlier run, move that aside (out-1, out-2, ...) and start anew"
     )
     init_from: Optional[str] = option(None, "start from these weights: a run's directory, a GPT-2 directory or name")
+    # a plan in place of a run (budget.py)
+    plan: bool = option(False, "train nothing; show what the run would take in memory, time and files")
+    peak: Optional[str] = option(None, "the plan is for this GPU (t4, v100, 4090, a100, h100, h200) or FLOP/s")
+    processes: Optional[int] = option(None, "the plan is for so many processes (default: as torchrun says)", at_least=1)
+    vocab_size: Optional[int] = option(None, "the plan is for so many different tokens, and needs no text", at_least=1)
     # the one dial
     minutes: Optional[float] = option(None, "how long to train; chooses every setting not given (plan.py)", above=0)
     # model
@@ -223,6 +238,9 @@ def read_metrics(path):
 
 def train(options, given):
     """Train as the options say. Returns the exit status: 0, or 130 / 143 after Ctrl-C / SIGTERM, with the run saved."""
+    check_flags(options, given)
+    if options.plan:
+        return show(options, given)
     check_directory(options)
     device = pick_device(options.device)
     torch.manual_seed(options.seed)
@@ -243,7 +261,7 @@ def train(options, given):
         f"{model.num_params() / 1e6:.2f} M parameters, {data.tokenizer.vocab_size} tokens in the vocabulary, "
         f"{len(data.train):,} to train on, {len(data.val):,} to validate; {device.type}, {str(dtype)[6:]}"
     )
-    evaluation_seconds = look_ahead(run, batches, given)
+    evaluation = look_ahead(run, batches, given)
 
     stop = StopSignal()
     timed = options.minutes is not None
@@ -257,10 +275,16 @@ def train(options, given):
     )
     if run.first_second is None:
         run.first_second = run.seconds
-    pause = max(3.0, (60 * options.minutes) / 8, 25 * evaluation_seconds) if timed else None  # between evaluations
+    if options.init_from is not None and run.best == math.inf:  # what the old weights make of the text: to see the gain
+        val = run.evaluate()
+        if not math.isfinite(val):
+            raise UserError(f"--init_from {options.init_from}: its val loss is {val}; its weights are of no use")
+        bar.write(f"step 0: val loss {val:.4f}, {data.bits_per_byte(val):.3f} bits per byte")
+    pause = max(3.0, (60 * options.minutes) / 8, 25 * evaluation) if timed else None  # between evaluations
     last_seconds, last_tokens, last_evaluation = run.seconds, run.tokens, run.seconds
     progress = run.progress()
-    while (progress < 1 or run.best == math.inf) and stop.number is None:  # every run ends with an evaluation
+    # Even where the time is over before the first step, a run makes one and ends with an evaluation.
+    while (progress < 1 or run.best == math.inf or run.step == 0) and stop.number is None:
         share = lr_share(run.step, progress, options)
         x, y = batches.batch(run.step, device)
         loss, norm = run.learner.step(x, y, share)
@@ -305,22 +329,22 @@ def look_ahead(run, batches, given):
     options = run.options
     x, y = batches.batch(run.step, run.device)
     token_seconds = seconds_per_token(run.learner, x, y)
-    windows = options.eval_iters * options.batch_size
-    evaluation_seconds = 0.4 * token_seconds * min(len(run.data.val), windows * options.block_size)
+    evaluation = evaluation_seconds(token_seconds, options, run.data)
     if options.minutes is not None:
         run.reserved = min(
-            1.5 + 1.3 * evaluation_seconds, 30 * options.minutes
+            1.5 + 1.3 * evaluation, 30 * options.minutes
         )  # a picture, a sample and a draft take a second
         seconds = 60 * options.minutes - run.seconds
     else:
         seconds = token_seconds * x.numel() * (options.max_iters - run.step)
         if seconds > 3600:
-            flags, share = smaller_setting(options)
             print(f"This run will take about {seconds_in_words(seconds)} on this machine.")
-            print(f"A smaller one, about {seconds_in_words(seconds * share)}: python train.py {flags}")
+            if options.init_from is None:  # else the size is that of the weights
+                flags, share = smaller_setting(options)
+                print(f"A smaller one, about {seconds_in_words(seconds * share)}: python train.py {flags}")
     if options.compile:
         maybe_compile(run.learner, x, y, "compile" in given, seconds)
-    return evaluation_seconds
+    return evaluation
 
 
 def sample_text(model, tokenizer, length, device):

@@ -426,7 +426,8 @@ def test_init_from_a_run_with_a_smaller_block_size(command, own):
     [
         (["--n_layer", "2"], "--n_layer 2: out has 1"),
         (["--n_embd", "32"], "--n_embd 32: out has 16"),
-        (["--data", "strange.txt"], "'ß' (U+00DF)"),
+        (["--data", "strange.txt"], "--data strange.txt: has the character(s) 'ß' (U+00DF), which the model in out"),
+        (["--block_size", "17"], "--block_size 17: out knows only 16 positions"),
         (["--init_from", "nowhere"], "nowhere: no such file or directory"),
         (["--init_from", "gpt2"], "'gpt2' is not in the local cache and cannot be downloaded"),
     ],

@@ -177,6 +177,47 @@ def test_with_minutes_the_whole_process_ends_in_time_with_the_settings_it_told_b
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# --init_from: what fine-tuning has for defaults
+
+
+def fine_tuning(tokens, given=(), **options):
+    return plan.for_fine_tuning(make_options(init_from="old", block_size=256, **options), set(given), tokens)
+
+
+@pytest.mark.parametrize(
+    "tokens, steps",
+    [(1_000, 50), (273_066, 50), (273_067, 51), (10**6, 184), (10_922_666, 2000), (10**9, 2000)],
+)
+def test_fine_tuning_reads_the_text_three_times_in_no_fewer_than_50_steps_and_no_more_than_2000(tokens, steps):
+    chosen, why = fine_tuning(tokens)
+    assert chosen["max_iters"] == steps and chosen["batch_size"] * 256 == 16_384
+    assert why == f"fine-tuning old on {tokens:,} tokens, {steps * 16_384 / tokens:.1f} times"
+    assert chosen["eval_interval"] == steps // 10
+
+
+def test_fine_tuning_counts_with_the_batch_and_the_steps_that_are_given():
+    assert fine_tuning(10**6, ["batch_size"], batch_size=32)[0]["max_iters"] == 367  # 8,192 tokens a step
+    assert fine_tuning(10**6, ["max_iters"], max_iters=70)[0]["eval_interval"] == 7
+    assert fine_tuning(10**6, ["gradient_accumulation_steps"], gradient_accumulation_steps=2)[0]["max_iters"] == 92
+
+
+def test_fine_tuning_has_lower_rates_than_a_new_model_and_keeps_what_only_a_modern_one_has():
+    new = train.TrainOptions()
+    gpt, modern = fine_tuning(10**6)[0], fine_tuning(10**6, arch="modern")[0]
+    assert gpt["learning_rate"] < new.learning_rate and modern["learning_rate"] < plan.MODERN["learning_rate"]
+    assert modern["matrix_lr"] < new.matrix_lr and "matrix_lr" not in gpt
+    assert set(plan.MODERN) <= set(modern) and modern["beta2"] == plan.MODERN["beta2"]
+    assert max(gpt["max_iters"], modern["max_iters"]) < new.max_iters and gpt["weight_decay"] < new.weight_decay
+    assert 0 < gpt["dropout"] == modern["dropout"] < new.dropout, "load_model needs it before the model is known"
+
+
+def test_fine_tuning_for_minutes_ends_by_the_clock():
+    chosen, why = fine_tuning(10**6, minutes=3)
+    assert chosen["max_iters"] == plan.STEPS_WITHOUT_END and chosen["min_lr"] == 0.0
+    assert why == "fine-tuning old on 1,000,000 tokens for 3 min"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # What fits
 
 

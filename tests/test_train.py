@@ -7,6 +7,7 @@ person runs them in test_cli.py.
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import sys
@@ -21,6 +22,7 @@ import torch
 import plan
 import sample
 import train
+from checkpoint import save_model
 from data import CharTokenizer, load_data
 from optim import Learner
 from utils import UserError, parse_options, run_command
@@ -403,3 +405,98 @@ def test_a_modern_model_has_its_own_defaults_and_what_is_given_counts(run):
     run("given", arch="modern", max_iters=2, learning_rate=3e-4, warmup_iters=7)
     found = plan.load_state("given")["options"]
     assert (found["learning_rate"], found["warmup_iters"], found["beta2"]) == (3e-4, 7, 0.95)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# --init_from: fine-tuning
+
+
+NOT_GIVEN = ["arch", "n_layer", "n_head", "n_embd", "block_size", "dropout", "learning_rate", "batch_size"]
+NOT_GIVEN += ["max_iters", "eval_interval", "warmup_iters"]
+NEW_TEXT = "the dog jumps, and the fox jumps over the brown dog.\n" * 40  # the old text's characters
+
+
+def val_losses(metrics):
+    return {m["step"]: m["val_loss"] for m in metrics if "val_loss" in m}
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("block_size", [None, 4])
+def test_fine_tuning_starts_from_the_old_models_loss_and_lowers_it_on_the_new_text(run, capsys, arch, block_size):
+    run("old", arch=arch, max_iters=200, eval_interval=200)
+    Path("text.txt").write_text(NEW_TEXT, encoding="utf-8")
+    capsys.readouterr()
+    cropped = {} if block_size is None else dict(block_size=block_size)
+    not_given = [name for name in NOT_GIVEN if name not in cropped]
+    status, metrics = run("new", init_from="old", not_given=not_given, **cropped)
+
+    model, tokenizer = plan.load_model("old", block_size)
+    expected = train.validation_loss(model, load_data("text.txt", tokenizer).val, 4)
+    measured = val_losses(metrics)
+    assert status == 0 and metrics[0]["step"] == 0 and measured[0] == pytest.approx(expected, abs=1e-5)
+    last = metrics[-1]["step"]
+    assert measured[last] < measured[0] - 0.05 and last == plan.FINE_TUNING_STEPS[0], "a short text"
+    assert f"step 0: val loss {measured[0]:.4f}" in capsys.readouterr().out
+    assert plan.load_model("new")[0].config.block_size == (block_size or 8)
+
+
+def test_fine_tuning_has_its_own_defaults_which_are_told_and_what_is_given_counts(run, capsys):
+    run("old", max_iters=1)
+    capsys.readouterr()
+    run("new", init_from="old", not_given=NOT_GIVEN)
+    told = capsys.readouterr().out.splitlines()
+    assert re.match(r"fine-tuning old on [\d,]+ tokens, \d+\.\d times:", told[0])
+    _, named = parse_options(train.TrainOptions, told[1].split(), "")
+    assert named == {*plan.FINE_TUNING, "batch_size", "max_iters", "eval_interval"}
+    found = plan.load_state("new")["options"]
+    assert {name: found[name] for name in plan.FINE_TUNING} == plan.FINE_TUNING
+    assert plan.load_state("new")["config"]["dropout"] == plan.FINE_TUNING["dropout"]
+
+    capsys.readouterr()
+    run("given", init_from="old", not_given=["learning_rate", "warmup_iters"], dropout=0.0, max_iters=7)
+    _, named = parse_options(train.TrainOptions, capsys.readouterr().out.splitlines()[1].split(), "")
+    assert named == {"learning_rate", "warmup_iters", "weight_decay"}
+    found = plan.load_state("given")
+    assert (found["options"]["max_iters"], found["options"]["eval_interval"]) == (7, 10)
+    assert found["options"]["dropout"] == found["config"]["dropout"] == 0.0
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_fine_tuning_for_minutes_keeps_the_sizes_and_has_its_own_rates(run, arch):
+    run("old", arch=arch, max_iters=20, n_embd=32)
+    status, metrics = run("new", init_from="old", minutes=0.05, not_given=NOT_GIVEN)
+    found = plan.load_state("new")["options"]
+    assert status == 0 and val_losses(metrics)[0] > min(val_losses(metrics).values())
+    assert (found["arch"], found["n_embd"], found["block_size"]) == (arch, 32, 8)
+    rates = plan.FINE_TUNING_MODERN if arch == "modern" else plan.FINE_TUNING
+    assert found["learning_rate"] == rates["learning_rate"] and found["min_lr"] == 0.0
+
+
+def test_a_fine_tuning_that_is_resumed_is_that_of_the_unbroken_one(run, monkeypatch):
+    run("old", max_iters=20)
+    settings = dict(init_from="old", not_given=NOT_GIVEN[:6])
+    unbroken = run("unbroken", **settings)[1]
+    step, seen = Learner.step, []
+
+    def interrupted(*args):
+        seen.append(1)
+        if len(seen) == 7:
+            signal.raise_signal(signal.SIGINT)
+        return step(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Learner, "step", interrupted)
+        assert run("broken", **settings)[0] == 130
+    status, broken = run("broken", **settings, resume=True)
+    assert status == 0 and val_losses(broken) == val_losses(unbroken) and 0 in val_losses(broken)
+    assert Path("broken/model.safetensors").read_bytes() == Path("unbroken/model.safetensors").read_bytes()
+
+
+def test_weights_that_are_no_numbers_are_refused_before_the_first_step(run):
+    run("old", max_iters=1)
+    model, tokenizer = plan.load_model("old")
+    with torch.no_grad():
+        model.transformer.ln_f.weight.fill_(float("nan"))
+    save_model("old", model, tokenizer)
+    with pytest.raises(UserError, match="--init_from old: its val loss is nan"):
+        run("new", init_from="old", not_given=NOT_GIVEN)

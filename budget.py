@@ -1,0 +1,393 @@
+"""What a run will take, for `python train.py --plan`: parameters, memory, work, time and files.
+
+    python train.py --plan                                                     # on this machine: a step of it is timed
+    python train.py --plan --peak h100 --processes 8 --vocab_size 50257 ...    # on GPUs that need not be at hand
+
+Nothing is trained and nothing written. Parameters are counted on the model itself; memory is the sum of what each
+operation keeps (the tests count that on the model too); time comes from a few parts of a step that are timed here, or
+from the published speed of a GPU and the share of it that training reaches.
+"""
+
+import math
+import os
+import time
+from dataclasses import dataclass
+from typing import Optional
+
+import torch
+
+from model import GPT
+from modern import Modern, ModernConfig
+from optim import Learner
+from plan import (
+    begin_from,
+    choose_settings,
+    evaluation_seconds,
+    make_config,
+    matmul_peak,
+    memory_of,
+    seconds_per_token,
+    settle,
+)
+from utils import STARTED, UserError, pick_device, pick_dtype, seconds_in_words
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Where the run is planned for
+
+
+# FLOP/s of dense matrix products with sums in float32, the number format, and the bytes of memory of one GPU, as NVIDIA
+# publishes them: the data sheets of T4, V100 SXM2, A100 SXM, H100 SXM and H200 SXM, the Ada white paper for RTX 4090.
+GPUS = {
+    "t4": (65e12, "float16", 16e9),
+    "v100": (125e12, "float16", 32e9),
+    "4090": (165e12, "bfloat16", 24e9),
+    "a100": (312e12, "bfloat16", 80e9),
+    "h100": (989e12, "bfloat16", 80e9),
+    "h200": (989e12, "bfloat16", 141e9),
+}
+SHARE_OF_PEAK = 0.4  # what training reaches of it, assumed: PaLM's reached 0.46 (Chowdhery et al. 2022, section 4.1)
+CUDA_BYTES = 0.6e9  # what CUDA keeps for itself in each process, about
+
+
+@dataclass
+class Place:
+    """One of the processes of a run, and the device that it has."""
+
+    name: str
+    device: torch.device
+    dtype: torch.dtype
+    processes: int
+    peak: float  # FLOP/s of the device's matrix products
+    here: bool  # is it this machine, where a step can be timed?
+    memory: Optional[float] = None  # bytes of the device's memory, where that is known
+
+    @property
+    def item(self):
+        """Bytes of a number in the format of the matrix products."""
+        return 4 if self.dtype == torch.float32 else 2
+
+    @property
+    def stream(self):
+        """Bytes of a number in the residual stream: under autocast that stays in float32."""
+        return self.item if self.device.type == "cpu" else 4
+
+    @property
+    def mask(self):
+        """Bytes that dropout keeps for each number: the factor it had on a CPU (model.dropout), else yes or no."""
+        return self.item if self.device.type == "cpu" else 1
+
+
+def find_place(options, given):
+    """The Place that the flags name. Raises UserError where they name none, or two."""
+    processes = options.processes or int(os.environ.get("WORLD_SIZE", 1))
+    if options.peak is None:
+        device = pick_device(options.device)
+        dtype = pick_dtype(options.dtype, device)
+        name = f"this machine ({device.type}, {str(dtype)[6:]})"
+        return Place(name, device, dtype, processes, matmul_peak(device, dtype), True, memory_of(device))
+    if "device" in given:
+        raise UserError(
+            f"--device {options.device} and --peak {options.peak}: two places to plan for; give one of them"
+        )
+    if options.peak.lower() in GPUS:
+        peak, dtype, memory = GPUS[options.peak.lower()]
+    else:
+        try:
+            peak, dtype, memory = float(options.peak), "bfloat16", None
+        except ValueError:
+            peak = 0.0
+        if not 0 < peak < math.inf:
+            raise UserError(f"--peak {options.peak}: wants one of {', '.join(GPUS)}, or FLOP/s such as 312e12")
+    dtype = options.dtype or dtype
+    name = f"{options.peak} ({peak / 1e12:,.0f} TFLOP/s, {dtype})"
+    return Place(name, torch.device("cuda"), getattr(torch, dtype), processes, peak, False, memory)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Parameters
+
+
+def empty_model(config):
+    """A model that has shapes but no numbers, and takes no memory."""
+    with torch.device("meta"):
+        return Modern(config) if isinstance(config, ModernConfig) else GPT(config)
+
+
+def parameters(model):
+    """How many parameters each part of a model has: {part: number}. A table that reads and writes counts once."""
+    counts = dict.fromkeys(("embeddings", "attention", "MLP", "norms and shifts", "head"), 0)
+    for name, p in model.named_parameters():
+        if ".attn." in name or ".mlp." in name:
+            part = "attention" if ".attn." in name else "MLP"
+        elif "lm_head" in name:
+            part = "head"
+        else:
+            part = "embeddings" if p.dim() == 2 else "norms and shifts"
+        counts[part] += p.numel()
+    return counts
+
+
+def weight_bytes(model):
+    """(bytes of the float32 weights, bytes of the optimizers' memory): AdamW keeps two means a weight, Muon one."""
+    everything = sum(p.numel() for p in model.parameters())
+    matrices = sum(p.numel() for p in model.layers.parameters() if p.dim() == 2) if isinstance(model, Modern) else 0
+    return 4 * everything, 8 * everything - 4 * matrices
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Memory
+
+
+def micro_batch(options, place):
+    """(windows that go through the model together, how many such parts at the same time), as Learner has them."""
+    windows = options.batch_size * options.gradient_accumulation_steps // place.processes
+    rows = min(options.batch_size, windows)
+    if place.device.type != "cpu":
+        return rows, 1
+    rows = min(rows, max(1, 1024 // options.block_size))
+    return rows, 1 if options.gradient_checkpointing else min(math.ceil(windows / rows), torch.get_num_threads())
+
+
+def layer_bytes(config, place):
+    """What a layer keeps of each token for the backward pass, in bytes.
+
+    A GPT, numbers for each channel: the residual stream as its two norms read it (2); queries, keys and values (3), the
+    MLP's hidden layer before and after its bend (8), and what the other three matrices read (3). With dropout, what it
+    let pass, twice. That is the 34 bytes of Korthikanti et al. 2022 (Reducing Activation Recomputation), section 4.1,
+    with the stream in float32 under autocast. A modern model keeps the token before (1), turned queries and keys (2)
+    and a copy of attention's result (1) as well; under autocast it norms queries and keys in float32 (2).
+
+    Fused attention keeps no scores. Written out (model.attention) it keeps the softmax and, with dropout, two more.
+    """
+    C, item, dropped = config.n_embd, place.item, config.dropout > 0
+    if isinstance(config, ModernConfig):
+        channel = 17 * item + 3 * place.stream + (2 * 4 if place.stream != item else 0)
+    else:
+        channel = 14 * item + 2 * place.stream
+    channel += 2 * place.mask if dropped else 0
+    scores = 0
+    if place.device.type == "cpu" and (item == 2 or dropped) and config.block_size <= 1024:
+        scores = config.n_head * config.block_size * item * (3 if dropped else 1)
+    return C * channel + scores
+
+
+def activation_bytes(config, tokens, place, checkpointing):
+    """What the forward pass of so many tokens keeps for the backward pass, but for the logits, in bytes."""
+    C, L, modern = config.n_embd, config.n_layer, isinstance(config, ModernConfig)
+    ends = ((2 if modern else 1) * place.stream + place.item + (place.mask if config.dropout > 0 else 0)) * C
+    if checkpointing:  # the stream between the layers, and all of the one layer that is being computed again
+        return tokens * (L * place.stream * C + layer_bytes(config, place) + ends)
+    one_matrix = 3 * C * C * place.item if modern else 0  # queries', keys' and values' matrices put together
+    return tokens * (L * layer_bytes(config, place) + ends) + L * one_matrix
+
+
+def logit_bytes(config, tokens):
+    """What the logits of so many tokens take at most, at the loss: three float32 copies, or with a soft cap four."""
+    return 4 * (4 if isinstance(config, ModernConfig) else 3) * config.vocab_size * tokens
+
+
+def evaluation_bytes(config, tokens, place):
+    """What the forward pass of so many tokens takes at most where nothing is kept, in bytes: in a layer or the logits.
+
+    A GPT's layer has the most in its MLP, a modern one's where it turns queries and keys, in float32.
+    """
+    C, item, modern = config.n_embd, place.item, isinstance(config, ModernConfig)
+    layer = 14 * 4 + 3 * item if modern else 2 * 4 + 8 * item
+    logits = 3 * 4 if modern else 2 * 4 + (item if item == 2 else 0)
+    return tokens * max(layer * C, 2 * 4 * C + logits * config.vocab_size)
+
+
+def resident_bytes():
+    """The memory that this process takes now, in bytes; 0 where the system does not tell."""
+    try:
+        with open("/proc/self/statm") as f:
+            return int(f.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:
+        return 0
+
+
+def memory(model, options, place, data):
+    """What one process holds: three lists of (part, bytes, remark): at all times, in a step, in an evaluation.
+
+    model: an empty one will do. data: None where no text is at hand.
+    """
+    config, item, on_cpu = model.config, place.item, place.device.type == "cpu"
+    rows, at_once = micro_batch(options, place)
+    weights, means = weight_bytes(model)
+    products = weights * item // 4
+    name = str(place.dtype)[6:]
+    always = [
+        ("Python and PyTorch", resident_bytes(), "now") if on_cpu else ("CUDA itself", CUDA_BYTES, "about"),
+        ("weights", weights, "float32"),
+        ("optimizer", means, "Muon, AdamW" if isinstance(model, Modern) else "AdamW: two means of each weight"),
+    ]
+    if item == 2:
+        always.append(("weights for the products", products, name))
+    if data is not None:
+        batch = options.batch_size * options.gradient_accumulation_steps * options.block_size
+        size = data.train.nbytes + data.val.nbytes + 3 * 8 * batch
+        always.append(("text and batch", size, f"{len(data.train) + len(data.val):,} tokens"))
+    tokens, times = rows * config.block_size, f"{at_once} x " if at_once > 1 else ""
+    kept = activation_bytes(config, tokens, place, options.gradient_checkpointing)
+    step = [
+        ("gradients", weights, "float32"),
+        ("activations", at_once * kept, f"of {times}{tokens:,} tokens"),
+        ("logits", at_once * logit_bytes(config, tokens), f"{times}{tokens:,} x {config.vocab_size:,}"),
+    ]
+    if on_cpu and item == 2:
+        step.insert(1, ("gradients of each part", at_once * products, f"{times}{name}"))
+    tokens = options.batch_size * config.block_size
+    evaluation = [("an evaluation", evaluation_bytes(config, tokens, place), f"of {tokens:,} tokens, not in a step")]
+    if on_cpu and item == 2:
+        evaluation.append(("its weights", products, f"{name}, for autocast"))
+    return always, step, evaluation
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Work, time and files
+
+
+def step_seconds(config, options, place, data):
+    """(seconds of a step, seconds of an evaluation) on this machine, from some parts of a step that are timed."""
+    model = (Modern if isinstance(config, ModernConfig) else GPT)(config).to(place.device).train()
+    model.gradient_checkpointing = options.gradient_checkpointing
+    learner = Learner(model, options, place.device, place.dtype)
+    windows = options.batch_size * options.gradient_accumulation_steps
+    x, y = data.batches(windows, options.block_size, options.seed).batch(0, place.device)
+    token_seconds = seconds_per_token(learner, x, y)
+    rows = min(len(x), learner.rows_at_once(x.size(1)) * torch.get_num_threads())
+    update = math.inf  # of the weights, which each step has once
+    for _ in range(3):
+        start = time.perf_counter()
+        learner.step(x[:rows], y[:rows], 0.0)[0].item()  # waits for the device
+        update = min(update, time.perf_counter() - start - token_seconds * rows * x.size(1))
+    return token_seconds * x.numel() + max(0.0, update), evaluation_seconds(token_seconds, options, data)
+
+
+def files(model):
+    """The large files that a run leaves in out_dir: [(name, bytes, remark)]."""
+    weights, means = weight_bytes(model)
+    return [
+        ("model.safetensors", weights, "the best weights"),
+        ("state.pt", weights + means, "the newest weights and the optimizer's means, for --resume"),
+    ]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The table
+
+
+def check_flags(options, given):
+    """Raises UserError where flags of --plan stand alone or contradict others."""
+    for name in ("peak", "processes", "vocab_size"):
+        if name in given and not options.plan:
+            raise UserError(f"--{name} {getattr(options, name)}: says what to plan for; add --plan, or leave it out")
+    if options.plan and options.resume:
+        raise UserError("--plan and --resume: a plan is of a run that has not begun; give one of the two")
+    for name in ("data", "init_from", "minutes"):
+        if options.vocab_size is not None and name in given:
+            raise UserError(
+                f"--vocab_size {options.vocab_size} and --{name} {getattr(options, name)}: the first is for a plan "
+                f"without a text; give one of the two"
+            )
+
+
+def show(options, given):
+    """Print what the run of these options would take. Returns the exit status."""
+    place = find_place(options, given)
+    peak = place.peak * place.processes
+    if options.init_from is not None:
+        options, model, data = begin_from(options, given, place.device, place.dtype)
+        config = model.config
+    elif options.vocab_size is not None:
+        options, data = choose_settings(options, given, 0, place.device, place.dtype, peak), None
+        config = make_config(options, options.vocab_size)
+    else:
+        options, data = settle(options, given, place.device, place.dtype, peak)
+        config = make_config(options, data.tokenizer.vocab_size)
+    windows = options.batch_size * options.gradient_accumulation_steps
+    if windows % place.processes:
+        raise UserError(
+            f"--batch_size {options.batch_size}: {place.processes} processes cannot share the {windows} windows of a "
+            f"step evenly; take a multiple of {place.processes}, or another number of processes"
+        )
+    model = empty_model(config)
+    print("A plan: nothing is trained, and nothing written.")
+    shape = f"{config.n_layer} layers, {config.n_head} heads, {config.n_embd} channels, context {config.block_size}"
+    print(f"{options.arch}: {shape}, {config.vocab_size:,} tokens in the vocabulary")
+    print_parameters(model)
+    fits = print_memory(place, *memory(model, options, place, data))
+    print_time(model, options, place, data, fits)
+    print(f"files in {options.out_dir}/")
+    for name, size, remark in files(model):
+        print_row(name, in_words(size), remark)
+    return 0
+
+
+def print_row(name, figure, remark=""):
+    print(f"  {name:<26}{figure:>16}  {remark}".rstrip())
+
+
+def in_words(size):
+    """Bytes as MB or GB, of 10^6 or 10^9 bytes."""
+    return f"{size / 1e6:,.1f} MB" if size < 1e9 else f"{size / 1e9:,.1f} GB"
+
+
+def print_parameters(model):
+    counts = parameters(model)
+    print("parameters")
+    for part, count in counts.items():
+        print_row(part, f"{count:,}", "" if count or part != "head" else "the same table as the embeddings'")
+    print_row("all", f"{sum(counts.values()):,}")
+
+
+def print_memory(place, always, step, evaluation):
+    """The parts and the most at one time. Returns whether that fits."""
+    print(
+        f"memory of {'the process' if place.processes == 1 else f'each of {place.processes} processes'}, {place.name}"
+    )
+    for part, size, remark in [*always, *step, *evaluation]:
+        print_row(part, in_words(size), remark)
+    peak = peak_bytes(always, step, evaluation)
+    fits = place.memory is None or peak < place.memory
+    remark = "" if place.memory is None else f"of {in_words(place.memory)}"
+    print_row("at most", in_words(peak), remark if fits else f"{remark}: does not fit; lower --batch_size")
+    return fits
+
+
+def peak_bytes(always, step, evaluation):
+    """The most memory that the process takes at one time."""
+    total = [sum(size for _, size, _ in parts) for parts in (always, step, evaluation)]
+    return total[0] + max(total[1:])
+
+
+def print_time(model, options, place, data, fits):
+    """The work of the run and how long it takes: timed where a step can be, else by the speed of matrix products."""
+    step_tokens = options.batch_size * options.gradient_accumulation_steps * options.block_size
+    flops = model.flops_per_token()
+    if place.here and data is not None and fits:
+        started = time.perf_counter() - STARTED
+        step, evaluation = step_seconds(model.config, options, place, data)
+        share = flops * step_tokens / step / place.peak
+        remark = f"parts of a step were timed: {share:.0%} of {place.peak / 1e9:,.0f} GFLOP/s of matrix products"
+    else:
+        step = flops * step_tokens / (place.peak * place.processes * SHARE_OF_PEAK)
+        started = evaluation = 0.0
+        remark = f"assumed: {SHARE_OF_PEAK:.0%} of the peak"
+    steps = options.max_iters
+    if options.minutes is not None:
+        steps = min(steps, int(60 * options.minutes / step))
+    tokens, windows = steps * step_tokens, f"{options.batch_size} x {options.gradient_accumulation_steps}"
+    print("work")
+    print_row("FLOP for a token", f"{flops / 1e6:,.1f} M")
+    print_row("tokens in a step", f"{step_tokens:,}", f"{windows} windows of {options.block_size}")
+    times = "" if data is None else f", {tokens / len(data.train):.1f} times the text"
+    print_row("tokens in the run", f"{tokens:,}", f"{steps:,} steps{times}")
+    print_row("tokens for a parameter", f"{tokens / model.num_params():,.1f}")
+    print_row("FLOP in the run", f"{flops * tokens:.1e}")
+    print("time")
+    print_row("tokens in a second", f"{step_tokens / step:,.0f}", remark)
+    print_row("a step", f"{1000 * step:,.1f} ms")
+    evaluations = math.ceil(steps / options.eval_interval)
+    seconds = started + steps * step + evaluations * evaluation
+    print_row("the run", seconds_in_words(seconds if options.minutes is None else 60 * options.minutes))
