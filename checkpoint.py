@@ -5,22 +5,32 @@ A run's directory is a Hugging Face model directory that transformers reads as i
     config.json  model.safetensors                 the best weights so far, in Hugging Face's names and orientation
     tokenizer.json  tokenizer_config.json          the tokenizer
     state.pt                                       the newest state to resume from: weights, optimizer, random numbers
+    state-STEP.pt                                  the states before it, in case that one is damaged
+    run.lock                                       the process that trains here, or did so last
     metrics.jsonl  loss.png                        what train.py measured
     draft.safetensors                              counts of the text, with which sample.py is faster (draft.py)
 
 No pickle is ever executed: weights are safetensors, and everything else is read with torch.load(weights_only=True).
 Every file is written beside its place, synced, and renamed over it, so that a crash leaves the old one or the new one.
+Weights and states carry a checksum, so that what was damaged on the disk is noticed.
 """
 
+import errno
+import hashlib
 import json
+import math
 import os
 import pickle
+import re
+import socket
+import time
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, fields
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from data import load_tokenizer, save_tokenizer
 from model import GPT, GPTConfig
@@ -77,9 +87,57 @@ def _load_bin(path):
 
 def _load_safetensors(path):
     try:
+        _weights_notes(path)
         return load_file(path)
     except (OSError, SafetensorError) as error:
         raise UserError(f"{path}: cannot be read, it may be truncated ({error})") from None
+
+
+def _write_weights(path, tensors, notes):
+    """Write float32 tensors in the safetensors format, with notes (text by name) and a checksum in its metadata.
+
+    The format is 8 bytes of length, a JSON header of that length, and the numbers. The library would write it too, but
+    the notes in another order each time, where equal weights shall be equal files. Raises OSError.
+    """
+    header, end = {"__metadata__": {"format": "pt", **notes, "nanogpt_sha256": "0" * 64}}, 0
+    for name, tensor in tensors.items():
+        begin, end = end, end + 4 * tensor.numel()
+        header[name] = {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": [begin, end]}
+    header = json.dumps(header, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)  # so that the numbers lie where a processor likes to read them
+    sha256 = hashlib.sha256(header)
+    for tensor in tensors.values():
+        sha256.update(tensor.reshape(-1).numpy())
+    with open(path, "wb") as f:
+        f.write(len(header).to_bytes(8, "little"))
+        f.write(header.replace(b"0" * 64, sha256.hexdigest().encode(), 1))
+        for tensor in tensors.values():
+            f.write(tensor.reshape(-1).numpy())
+
+
+def _weights_notes(path):
+    """What _write_weights noted, {} for weights that others wrote. Raises UserError where they are damaged."""
+    with open(path, "rb") as f:
+        length = int.from_bytes(f.read(8), "little")
+        header = f.read(min(length, 100_000_000))  # the most that the library reads
+        found = re.search(rb'"__metadata__":({[^}]*"nanogpt_sha256":"([0-9a-f]{64})"})', header)
+        if found is None:
+            return {}
+        sha256 = hashlib.sha256(header.replace(found[2], b"0" * 64, 1))
+        _add_rest(f, sha256)
+    if sha256.hexdigest() != found[2].decode():
+        raise UserError(f"{path}: is damaged, its checksum does not match; restore it or train again")
+    return json.loads(found[1])
+
+
+def _add_rest(file, sha256, size=math.inf):
+    """Add the rest of an open file to a checksum, up to `size` bytes."""
+    while size > 0:
+        piece = file.read(min(size, 2**20))
+        if not piece:
+            return
+        sha256.update(piece)
+        size -= len(piece)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -88,11 +146,39 @@ def _load_safetensors(path):
 
 def save_model(directory, model, tokenizer):
     """Write model and tokenizer: a GPT as a Hugging Face GPT-2 directory, a Modern in the same layout as it is."""
-    config, tensors = _modern_files(model) if isinstance(model, Modern) else _gpt2_files(model)
-    metadata = {"format": "pt"}
-    write_atomically(os.path.join(directory, "model.safetensors"), lambda path: save_file(tensors, path, metadata))
+    write_model(directory, *model_files(model), tokenizer, model.config.block_size)
+
+
+def model_files(model):
+    """What config.json and model.safetensors hold of a model: a dict and tensors by name."""
+    return _modern_files(model) if isinstance(model, Modern) else _gpt2_files(model)
+
+
+def write_model(directory, config, tensors, tokenizer, block_size, val_loss=None):
+    """Write what model_files gave, and the tokenizer. The weights come last: where they are, all else is.
+
+    val_loss: of these weights, in nats per token, for saved_loss.
+    """
+    save_tokenizer(directory, tokenizer, block_size)
     write_json(os.path.join(directory, "config.json"), config)
-    save_tokenizer(directory, tokenizer, model.config.block_size)
+    notes = {} if val_loss is None else {"val_loss": repr(val_loss)}
+    write_atomically(os.path.join(directory, "model.safetensors"), lambda path: _write_weights(path, tensors, notes))
+
+
+def saved_loss(directory):
+    """The val loss of the weights in a run's directory, which a crash may have left newer than its newest state.
+
+    None where nobody noted it, infinity where there are no whole weights.
+    """
+    path = os.path.join(directory, "model.safetensors")
+    try:
+        loss = _weights_notes(path).get("val_loss")
+    except OSError:
+        return math.inf
+    except UserError as error:
+        print(f"{error}: the next evaluation writes it anew")
+        return math.inf
+    return None if loss is None else float(loss)
 
 
 def _modern_files(model):
@@ -284,25 +370,268 @@ def _find_on_hub(name):
 # The state of a run
 
 
+STATE = "state.pt"
+FORMAT = 2  # of a state; the first one had no checksum
+SEAL = re.compile(rb"step (\d{12}) sha256 ([0-9a-f]{64})\n")  # the last bytes of a state
+SEAL_BYTES, DIGEST_BYTES = 90, 65  # in all, and of that the checksum, which is of everything before it
+
+
 def holds_run(directory):
     """Does the directory hold a run (or anything else that training would overwrite)?"""
-    names = ("state.pt", METRICS, "model.safetensors", "config.json")
-    paths = [os.path.join(directory, name) for name in names]
-    return any(os.path.exists(path) and os.path.getsize(path) > 0 for path in paths)
+    paths = [os.path.join(directory, name) for name in (METRICS, "model.safetensors", "config.json")]
+    return any(os.path.exists(path) and os.path.getsize(path) > 0 for path in paths + state_files(directory))
 
 
-def save_state(directory, state):
-    """Keep all that is needed to go on exactly: a dict of tensors, numbers and strings."""
-    write_atomically(os.path.join(directory, "state.pt"), lambda path: torch.save(state, path))
+def state_files(directory):
+    """The paths of the states in a directory, from the newest to the oldest."""
+    names = os.listdir(directory) if os.path.isdir(directory) else []
+    earlier = [name for name in names if re.fullmatch(r"state-\d+\.pt", name)]
+    earlier.sort(key=lambda name: int(name[6:-3]), reverse=True)
+    return [os.path.join(directory, name) for name in [STATE] * (STATE in names) + earlier]
+
+
+def snapshot(content):
+    """A copy, in the CPU's memory, of a state's dicts and lists and their tensors, which training goes on to change.
+
+    Tensors that share their numbers (tied weights) share them in the copy too.
+    """
+    copies = {}
+
+    def copied(part):
+        if isinstance(part, dict):
+            return {key: copied(value) for key, value in part.items()}
+        if isinstance(part, (list, tuple)):
+            return type(part)(map(copied, part))
+        if not isinstance(part, torch.Tensor):
+            return part
+        key = (part.data_ptr(), part.shape, part.stride(), part.dtype)
+        if key not in copies:
+            copies[key] = part.detach().to("cpu", copy=True)
+        return copies[key]
+
+    return copied(content)
+
+
+def save_state(directory, state, keep=1):
+    """Keep all that is needed to go on exactly, as state.pt: a dict of tensors, numbers and strings.
+
+    The state before it becomes state-STEP.pt, unless it is damaged; of all states the newest `keep` stay. At every
+    instant a whole state is there. Raises OSError where it cannot be written; then the earlier states stay.
+    """
+    path, step = os.path.join(directory, STATE), state["counters"]["step"]
+
+    def write(temporary):
+        _write_state(temporary, {**state, "format": FORMAT}, step)
+        earlier = _whole_step(path)
+        if keep > 1 and earlier is not None:
+            os.replace(path, os.path.join(directory, f"state-{earlier}.pt"))
+
+    write_atomically(path, write)
+    earlier = [path for path in state_files(directory) if os.path.basename(path) != STATE]
+    later = [path for path in earlier if int(os.path.basename(path)[6:-3]) >= step]  # damaged, or of a dropped future
+    for path in later + [path for path in earlier if path not in later][keep - 1 :]:
+        os.remove(path)
+
+
+def _write_state(path, state, step):
+    with open(path, "wb") as f:
+        file = _Summed(f)
+        try:
+            torch.save(state, file)
+        except RuntimeError:
+            raise file.error or RuntimeError(f"{path}: cannot be written") from None
+        file.write(b"step %012d sha256 " % step)
+        f.write(file.sha256.hexdigest().encode() + b"\n")
+
+
+class _Summed:
+    """A file with a checksum of what is written. torch.save does not say why a write failed: `error` does."""
+
+    def __init__(self, file):
+        self.file, self.sha256, self.error = file, hashlib.sha256(), None
+
+    def write(self, piece):
+        try:
+            self.file.write(piece)
+        except OSError as error:
+            self.error = error
+            raise
+        self.sha256.update(piece)
+        return len(piece)
+
+    def flush(self):
+        pass  # closing the file does that, where an error is not lost
+
+
+def _whole_step(path):
+    """The step of the state in a file whose checksum is right. None where it is wrong, or there is no such thing."""
+    try:
+        with open(path, "rb") as f:
+            size = f.seek(0, os.SEEK_END)
+            f.seek(max(0, size - SEAL_BYTES))
+            seal = SEAL.fullmatch(f.read())
+            if seal is None:
+                return None
+            sha256 = hashlib.sha256()
+            f.seek(0)
+            _add_rest(f, sha256, size - DIGEST_BYTES)
+    except OSError:
+        return None
+    return int(seal[1]) if sha256.hexdigest() == seal[2].decode() else None
 
 
 def load_state(directory):
-    """Read what save_state kept. Raises UserError where there is nothing to resume, or it is damaged."""
-    path = os.path.join(directory, "state.pt")
-    if not os.path.exists(path):
+    """Read the newest whole state that save_state kept; says so where that is not the newest one.
+
+    Raises UserError where there is nothing to resume, or all of it is damaged.
+    """
+    problem, paths = None, state_files(directory)
+    if not paths:
         remedy = "start anew with --fresh" if holds_run(directory) else "start without --resume"
         raise UserError(f"--resume: {directory} holds no state.pt to resume from; {remedy}")
-    state = _load_torch(path)
+    for path in paths:
+        try:
+            state = _read_state(path)
+        except UserError as error:
+            problem = problem or error
+            continue
+        if problem is not None:
+            print(f"{problem}; going on from the state before it, {path}")
+        return state
+    before = "nor is an earlier state whole; " if len(paths) > 1 else ""
+    raise UserError(f"{problem}; {before}start anew with --fresh")
+
+
+def _read_state(path):
+    """The state in a file. Raises UserError where it is damaged or something else."""
+    whole = _whole_step(path) is not None
+    state = _load_torch(path)  # it may have been written before there were checksums, and names other damage better
     if not isinstance(state, dict) or not {"options", "counters", "model", "optimizers"} <= set(state):
-        raise UserError(f"{path}: is not the state of a run; start anew with --fresh")
+        raise UserError(f"{path}: is not the state of a run")
+    if state.pop("format", 1) != 1 and not whole:
+        raise UserError(f"{path}: is damaged, its checksum does not match")
     return state
+
+
+class Saver:
+    """Writes in a thread of its own, so that training need not wait for the disk: one thing at a time.
+
+    To be used as a context: at its end all is written, or the error is raised.
+    """
+
+    def __init__(self):
+        self.thread, self.running, self.seconds = ThreadPoolExecutor(1), None, 0.0
+
+    def start(self, write):
+        """Call write() in the thread, once what was started before is done; raises the error of that."""
+        self.wait()
+        self.running = self.thread.submit(self._timed, write)
+
+    def _timed(self, write):
+        start = time.perf_counter()
+        write()
+        self.seconds = time.perf_counter() - start  # that the last writing took
+
+    def wait(self):
+        """Wait until all is written. Raises what went wrong in the thread."""
+        running, self.running = self.running, None
+        if running is not None:
+            running.result()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, traceback):
+        self.thread.shutdown()
+        if error is None:
+            self.wait()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# One run at a time
+
+
+class Lock:
+    """Keeps other runs out of the directory that a run writes to.
+
+    The lock is the operating system's, on the open file run.lock: it ends with the process, however that ends. What is
+    written in the file is for the reader alone: the process that trains there, or did so last. Used as a context.
+    """
+
+    def __init__(self):
+        self.file, self.before = None, None
+
+    def take(self, directory):
+        """Lock the directory, in place of one that was locked before. Raises UserError where another run holds it."""
+        file = open(os.path.join(directory, "run.lock"), "a+", encoding="utf-8")  # noqa: SIM115
+        if self.file is not None and os.path.samestat(os.fstat(file.fileno()), os.fstat(self.file.fileno())):
+            file.close()
+            return
+        try:
+            _lock(file)
+        except OSError as error:
+            owner = lock_owner(directory)
+            file.close()
+            if error.errno not in (errno.EAGAIN, errno.EACCES):
+                raise
+            who = f"process {owner['pid']}" if "pid" in owner else "another process"
+            if owner.get("host") not in (None, socket.gethostname()):
+                who += f" on {owner['host']}"
+            raise UserError(
+                f"--out_dir {directory}: {who} is training there; wait for it or name another directory"
+            ) from None
+        self.release()
+        file.seek(0)
+        self.file, self.before = file, file.read()
+        self._write(json.dumps(dict(pid=os.getpid(), host=socket.gethostname(), job=torchrun_job())))
+
+    def _write(self, text):
+        self.file.truncate(0)
+        self.file.write(text)
+        self.file.flush()
+
+    def keep(self):
+        """From now on this process is the one that trained there last."""
+        self.before = None
+
+    def release(self):
+        if self.file is not None:
+            if self.before is not None:  # the run was refused: leave everything as it was
+                self._write(self.before)
+            self.file.close()
+            self.file = None
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.release()
+
+
+def _lock(file):
+    """Lock an open file for this process. Raises OSError where another has locked it."""
+    if os.name == "nt":
+        import msvcrt
+
+        file.seek(2**30)  # Windows lets nobody else read a locked byte: one far behind the text
+        msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+    else:
+        import fcntl
+
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def lock_owner(directory):
+    """What the process that trains in a directory, or did so last, wrote of itself: its pid, host and torchrun job."""
+    try:
+        with open(os.path.join(directory, "run.lock"), encoding="utf-8") as f:
+            owner = json.load(f)
+    except (OSError, ValueError):
+        return {}
+    return owner if isinstance(owner, dict) else {}
+
+
+def torchrun_job():
+    """What tells apart the jobs of torchrun, which restarts a worker that died; None without torchrun."""
+    job = os.environ.get("TORCHELASTIC_RUN_ID")
+    return None if job is None else f"{job} of process {os.getppid()}"

@@ -51,13 +51,18 @@ class Draft:
 
     def save(self, directory):
         """Write draft.safetensors."""
-        from safetensors.torch import save_file
+        from safetensors.torch import save
 
         content = {}
         for order, table in zip(ORDERS, self.tables):
             content[f"contexts.{order}"] = torch.tensor(list(table), dtype=torch.int64)
             content[f"tokens.{order}"] = torch.tensor(list(table.values()), dtype=torch.int32)
-        write_atomically(os.path.join(directory, FILE), lambda path: save_file(content, path))
+
+        def write(path):
+            with open(path, "wb") as f:
+                f.write(save(content))
+
+        write_atomically(os.path.join(directory, FILE), write)
 
     @classmethod
     def load(cls, directory):

@@ -38,10 +38,15 @@ class Muon(getattr(torch.optim, "Muon", object)):  # PyTorch 2.9
 
     Matrices of one shape are stacked: one product for all of them instead of one for each. And the polynomial that
     brings the singular values to 1 differs from step to step (POLAR_EXPRESS) where torch.optim.Muon has one for all.
+    Like the fused AdamW it changes nothing where found_inf, a tensor on its device, is 1 (Learner.update sets it).
     """
+
+    _step_supports_amp_scaling = True  # PyTorch's name for an optimizer that heeds found_inf
+    found_inf = None
 
     @torch.no_grad()
     def step(self, closure=None):
+        good = 1.0 if self.found_inf is None else 1 - self.found_inf
         for group in self.param_groups:
             of_shape = {}
             for p in group["params"]:
@@ -53,10 +58,12 @@ class Muon(getattr(torch.optim, "Muon", object)):  # PyTorch 2.9
                     if "momentum_buffer" not in self.state[p]:
                         self.state[p]["momentum_buffer"] = torch.zeros_like(p)
                 means = [self.state[p]["momentum_buffer"] for p in weights]
+                if self.found_inf is not None:  # then bad gradients are replaced by their mean, which stays as it is
+                    grads = [torch.where(good > 0, grad, mean) for mean, grad in zip(means, grads)]
                 torch._foreach_lerp_(means, grads, 1 - group["momentum"])
                 updates = torch._foreach_lerp(grads, means, group["momentum"])  # Nesterov's momentum
-                updates = orthogonal(torch.stack(updates))
-                torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
+                updates = orthogonal(torch.stack(updates)) * good
+                torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"] * good)
                 lr = group["lr"] * math.sqrt(max(1, rows / columns))
                 torch._foreach_add_(weights, updates.to(weights[0].dtype).unbind(), alpha=-lr)
 
@@ -115,6 +122,7 @@ class Learner:
         self.worker = copy.deepcopy(model).to(dtype) if self.copied else model
         self.copies = list(self.worker.parameters())
         self.compute = self.worker  # may be replaced by torch.compile(self.worker)
+        self.skipped = torch.zeros(2, device=device)  # steps skipped for bad numbers: in all, and in a row until now
         self.pools = {}  # number of threads -> the threads
 
     def rows_at_once(self, T):
@@ -168,7 +176,8 @@ class Learner:
         """Update the weights once from x, y (batch_size * gradient_accumulation_steps, T).
 
         lr_share: the share of each group's highest learning rate. Returns the loss in nats per token and the norm of
-        the gradient before clipping, as tensors: reading their value would make the CPU wait for the GPU.
+        the gradient before clipping, as tensors: reading their value would make the CPU wait for the GPU. Where either
+        is infinite or no number the step is skipped: all stays as it was, but for self.skipped.
         """
         total = 0.0
         for loss, gradients in self.part_gradients(x, y):
@@ -179,15 +188,23 @@ class Learner:
             for group, lr in zip(optimizer.param_groups, highest):
                 group["lr"] = lr * lr_share
         norm = torch.nn.utils.clip_grad_norm_(self.weights, self.options.grad_clip or float("inf"))
-        overflow = self.scaler.is_enabled() and not norm.isfinite()  # then none may step: clipping spread it to all
-        for optimizer in self.optimizers:
-            if not overflow:
-                self.scaler.step(optimizer)
-            optimizer.zero_grad(set_to_none=True)
+        self.update((total + norm).isfinite())
         self.scaler.update()
         if self.copied:
             self.refresh()
         return total, norm
+
+    def update(self, good):
+        """Let every optimizer step where `good`, a tensor (), is true; else none of them, and count that."""
+        bad = (~good).float()
+        for optimizer in self.optimizers:
+            if getattr(optimizer, "_step_supports_amp_scaling", False):
+                optimizer.found_inf = bad  # it looks at that itself, on the device: the CPU need not wait
+                optimizer.step()
+            elif good:
+                optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        self.skipped = torch.stack([self.skipped[0] + bad, (self.skipped[1] + 1) * bad])
 
     def _add(self, gradients):
         """Add a part's gradients to those of the float32 weights."""
@@ -204,14 +221,16 @@ class Learner:
             low.copy_(weight)
 
     def state_dict(self):
-        """What a resumed run needs: the float32 weights, the optimizers' memory, the scaler."""
-        optimizers = [o.state_dict() for o in self.optimizers]
-        return dict(model=self.model.state_dict(), optimizers=optimizers, scaler=self.scaler.state_dict())
+        """What a resumed run needs: the float32 weights, the optimizers' memory, the scaler, the steps skipped."""
+        optimizers, scaler = [o.state_dict() for o in self.optimizers], self.scaler.state_dict()
+        return dict(model=self.model.state_dict(), optimizers=optimizers, scaler=scaler, skipped=self.skipped)
 
     def load_state_dict(self, state):
         self.model.load_state_dict(state["model"])
         for optimizer, saved in zip(self.optimizers, state["optimizers"]):
             optimizer.load_state_dict(saved)
         self.scaler.load_state_dict(state["scaler"])
+        if "skipped" in state:  # not in states of before there was such a count
+            self.skipped = state["skipped"].to(self.device)
         if self.copied:
             self.refresh()

@@ -36,35 +36,49 @@ EVALUATIONS = 10  # in the whole of a fine-tuning
 
 # Of a resumed run these may change; everything else would make it another run.
 MAY_CHANGE = {"resume", "data", "out_dir", "max_iters", "minutes", "eval_interval", "eval_iters", "log_interval"}
-MAY_CHANGE |= {"sample_interval", "device", "compile", "gradient_checkpointing", "fresh"}
+MAY_CHANGE |= {"keep", "sample_interval", "device", "compile", "gradient_checkpointing", "fresh"}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The directory
 
 
-def check_directory(options):
-    """Raises UserError where out_dir holds a run that this one would overwrite."""
+def check_directory(options, lock):
+    """Take the lock of a run that is in out_dir. Raises UserError where this one would overwrite or disturb it."""
     if not options.out_dir:
         raise UserError("--out_dir: is empty; name a directory")
     if options.resume and options.fresh:
         raise UserError("--resume and --fresh: give one of the two")
-    if holds_run(options.out_dir) and not (options.resume or options.fresh):
+    if not holds_run(options.out_dir):
+        return
+    try:
+        lock.take(options.out_dir)
+    except OSError as error:
+        raise UserError(f"--out_dir {options.out_dir}: cannot be written ({error.strerror})") from None
+    if not (options.resume or options.fresh):
         raise UserError(
             f"--out_dir {options.out_dir}: already holds a run; add --resume to go on with it, --fresh to move it "
             f"aside, or name another directory"
         )
 
 
-def make_directory(options):
-    """Make out_dir, moving an earlier run aside if --fresh asks for it. Raises UserError where it cannot be written."""
+def make_directory(options, lock):
+    """Make and lock out_dir, moving an earlier run aside if --fresh asks for it.
+
+    Raises UserError where it cannot be written, or another run has begun there.
+    """
     out = os.path.normpath(options.out_dir)
     try:
-        if holds_run(out) and not options.resume:
+        check_directory(options, lock)  # again: a run may have come since
+        if holds_run(out) and options.fresh:
+            if os.name == "nt":  # where a directory cannot be moved while a file in it is open
+                lock.release()
             aside = next(f"{out}-{n}" for n in itertools.count(1) if not os.path.exists(f"{out}-{n}"))
             os.rename(out, aside)
             print(f"moved the earlier run to {aside}")
         os.makedirs(out, exist_ok=True)
+        lock.take(out)
+        lock.keep()
         with open(os.path.join(out, METRICS), "a"):
             pass
     except OSError as error:
@@ -226,13 +240,15 @@ def resume(options, given):
                 f"--{name} {new}: this run began with {old}, and changing it would make it another run; "
                 f"leave the flag out, or start anew in another --out_dir"
             )
-    changed = {name: getattr(options, name) for name in given & MAY_CHANGE}
+    own = {"resume", "fresh", "out_dir"}  # of this start, given or not: a directory may have been moved
+    changed = {name: getattr(options, name) for name in (given & MAY_CHANGE) | own}
     options = replace(options, **{**state["options"], **changed})
     step, began_with = state["counters"]["step"], state["options"]
-    if step >= options.max_iters:
+    due = state["counters"].get("due")  # it was stopped in its last evaluation
+    if step >= options.max_iters and not due:
         raise UserError(f"--resume: the run in {options.out_dir} has done its {step} steps; give a larger --max_iters")
     ended_by_the_clock = state["progress"] == 1 and step < began_with["max_iters"]
-    if options.minutes is not None and ended_by_the_clock and options.minutes <= began_with["minutes"]:
+    if options.minutes is not None and ended_by_the_clock and options.minutes <= began_with["minutes"] and not due:
         raise UserError(f"--resume: the run in {options.out_dir} has had its {options.minutes:g} minutes; give more")
     data = load_data(options.data, load_tokenizer(options.out_dir))
     if data.fingerprint != state["fingerprint"]:

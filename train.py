@@ -18,7 +18,7 @@ import os
 import signal
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Optional
 
 import torch
@@ -26,7 +26,19 @@ from tqdm import tqdm
 
 import plots
 from budget import check_flags, show
-from checkpoint import METRICS, save_model, save_state
+from checkpoint import (
+    METRICS,
+    Lock,
+    Saver,
+    lock_owner,
+    model_files,
+    save_state,
+    saved_loss,
+    snapshot,
+    state_files,
+    torchrun_job,
+    write_model,
+)
 from data import prompt_tokens, validation_loss
 from draft import Draft
 from generate import generate
@@ -51,7 +63,12 @@ from utils import (
     pick_dtype,
     run_command,
     seconds_in_words,
+    write_atomically,
 )
+
+MOST_SKIPPED = 20  # steps in a row: float16's scale of 2^16 may need 16 to come down to 1
+SAVE_SECONDS = 60  # between two savings, where evaluations do not save more often
+SAVE_SHARE = 0.01  # of the time, that these savings may take
 
 
 @dataclass
@@ -101,6 +118,7 @@ class TrainOptions:
     eval_iters: int = option(200, "most batches in an evaluation; a val split of fewer is read whole", at_least=1)
     log_interval: int = option(10, "steps between lines in metrics.jsonl", at_least=1)
     sample_interval: int = option(0, "steps between short samples printed while training; 0 for none", at_least=0)
+    keep: int = option(2, "newest states to keep; where one is damaged, the one before is resumed", at_least=1)
     # system
     device: Optional[str] = option(None, "cpu, cuda, cuda:1 or mps (default: cuda if available)")
     dtype: Optional[str] = option(
@@ -116,15 +134,17 @@ def main(argv):
     options, given = parse_options(TrainOptions, argv, "Train a GPT on a text file.")
     try:
         return train(options, given)
-    except RuntimeError as error:
-        if not isinstance(error, torch.cuda.OutOfMemoryError) and "can't allocate memory" not in str(error):
+    except (RuntimeError, MemoryError) as error:
+        full = isinstance(error, (torch.cuda.OutOfMemoryError, MemoryError))
+        if not full and not any(words in str(error) for words in ("can't allocate memory", "not enough memory")):
             raise
         remedy = "lower --batch_size (--gradient_accumulation_steps makes up for it) or add --gradient_checkpointing"
         raise UserError(f"out of memory; {remedy}") from None
     except BrokenPipeError:
         raise
     except OSError as error:  # a full disk, say; what was saved before is whole
-        raise UserError(f"--out_dir {options.out_dir}: cannot be written ({error.strerror}); make room") from None
+        remedy = "make room there, then go on with --resume"
+        raise UserError(f"--out_dir {options.out_dir}: cannot be written ({error.strerror}); {remedy}") from None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -144,15 +164,34 @@ class StopSignal:
             os._exit(128 + number)
         self.number = number
 
+    def until(self, items):
+        """Yields the items; raises Stopped as soon as the signal has come."""
+        for item in items:
+            if self.number is not None:
+                raise Stopped
+            yield item
+
+
+class Stopped(Exception):
+    """A signal came in the middle of something that can be done again."""
+
 
 class Run:
-    """What changes while a model is trained, how it is measured, and how it is kept."""
+    """What changes while a model is trained, how it is measured, and how it is kept.
 
-    def __init__(self, options, model, data, device, dtype):
+    saver: a checkpoint.Saver, which writes beside the training.
+    """
+
+    def __init__(self, options, model, data, device, dtype, saver):
         self.options, self.model, self.data, self.device, self.dtype = options, model, data, device, dtype
+        self.saver = saver
         self.learner = Learner(model, options, device, dtype)
         self.step, self.tokens = 0, 0
         self.best = math.inf  # lowest val loss so far
+        self.due = False  # the evaluation of this step: a run stopped before it goes on with it
+        self.compiled = None  # of a resumed run: whether it began compiled, which rounds otherwise
+        self.saved = 0.0  # when the run was saved last, in seconds of the run
+        self.copying = 0.0  # seconds for which saving kept the training waiting
         self.earlier_seconds = 0.0  # of the processes before this one, where the run was resumed
         self.first_second = None  # when the first step began, in seconds of the run
         self.reserved = 0.0  # seconds to leave for the end: the last evaluation, the picture, the sample
@@ -171,21 +210,46 @@ class Run:
             done = max(done, (self.seconds - self.first_second) / max(0.1, last_second - self.first_second))
         return min(1.0, done)
 
-    def save(self):
-        """Keep the newest state, from which --resume goes on."""
-        cuda = torch.cuda.get_rng_state_all() if self.device.type == "cuda" else []
-        state = dict(
+    def state(self):
+        """All that `restore` needs to go on exactly."""
+        names = ("step", "tokens", "best", "seconds", "first_second", "due")
+        return dict(
             options=asdict(self.options),
             config=asdict(self.model.config),
             fingerprint=self.data.fingerprint,
             progress=self.progress(),
-            counters={name: getattr(self, name) for name in ("step", "tokens", "best", "seconds", "first_second")},
-            random=dict(cpu=torch.get_rng_state(), cuda=cuda),
+            counters={name: getattr(self, name) for name in names},
+            compiled=self.learner.compute is not self.learner.worker,
+            random=random_states(self.device),
             **self.learner.state_dict(),
         )
-        save_state(self.options.out_dir, state)
-        if not os.path.exists(os.path.join(self.options.out_dir, "model.safetensors")):
-            save_model(self.options.out_dir, self.model, self.data.tokenizer)
+
+    def save(self, best=False):
+        """Keep the newest state, from which --resume goes on, and the model where it is the best so far.
+
+        Both are copied here and now, and written while the training goes on. Raises the error of the saving before.
+        """
+        start = time.perf_counter()
+        self.saver.wait()
+        state = snapshot(self.state())
+        best = best or self.best == math.inf  # before the first evaluation the newest weights are the best there are
+        model = snapshot(model_files(self.model)) if best else None
+        self.saver.start(lambda: self._write(state, model))
+        self.saved, self.copying = self.seconds, time.perf_counter() - start
+
+    def _write(self, state, model):
+        """The weights first: should a crash leave them newer than the state, saved_loss knows."""
+        out, counters = self.options.out_dir, state["counters"]
+        if model is not None:
+            loss = counters["best"] if counters["best"] < math.inf else None
+            write_model(out, *model, self.data.tokenizer, self.model.config.block_size, loss)
+        with open(self.path, "rb+") as f:
+            os.fsync(f.fileno())  # the lines up to this state are then as durable as it is
+        save_state(out, state, self.options.keep)
+
+    def save_is_due(self):
+        """Is it time to save the run, where no evaluation does?"""
+        return self.seconds - self.saved > max(SAVE_SECONDS, (self.copying + self.saver.seconds) / SAVE_SHARE)
 
     def restore(self, state):
         """Go back to exactly where `save` was called; metrics logged after that are dropped."""
@@ -193,12 +257,12 @@ class Run:
         counters = dict(state["counters"])
         self.earlier_seconds = counters.pop("seconds")
         vars(self).update(counters)
-        torch.set_rng_state(state["random"]["cpu"])
-        if self.device.type == "cuda" and state["random"]["cuda"]:
-            torch.cuda.set_rng_state_all(state["random"]["cuda"])
+        self.compiled, self.saved = state.get("compiled"), self.seconds
+        loss = saved_loss(self.options.out_dir)
+        self.best = self.best if loss is None else loss
+        restore_random_states(state["random"], self.device)
         lines = [json.dumps(m) + "\n" for m in read_metrics(self.path) if m["step"] <= self.step]
-        with open(self.path, "w") as f:
-            f.writelines(lines)
+        write_atomically(self.path, lambda path: write_lines(path, lines))
 
     def log(self, **figures):
         """Add a line to metrics.jsonl. JSON knows no infinity, which a gradient in float16 may reach: left out."""
@@ -207,27 +271,49 @@ class Run:
         with open(self.path, "a") as f:
             f.write(json.dumps(line) + "\n")
 
-    def evaluate(self):
-        """Measure the val loss, keep the weights if they are the best so far, draw the loss curve, save."""
+    def evaluate(self, progress=iter):
+        """Measure the val loss, keep the weights if they are the best so far, draw the loss curve, save.
+
+        progress: may wrap the batches of the val split; the Stopped that it raises leaves the evaluation due.
+        """
         with autocast(self.device, self.dtype):
             loss = validation_loss(
-                self.model, self.data.val, self.options.batch_size, self.options.eval_iters, self.device
+                self.model, self.data.val, self.options.batch_size, self.options.eval_iters, self.device, progress
             )
         if not math.isfinite(loss):  # nothing worth keeping
             return loss
+        self.due = False
         self.log(val_loss=loss, val_bits_per_byte=self.data.bits_per_byte(loss))
-        if loss < self.best:
-            self.best = loss
-            save_model(self.options.out_dir, self.model, self.data.tokenizer)
-        self.save()
+        best = loss < self.best
+        self.best = min(loss, self.best)
+        self.save(best)
         figure = plots.loss_curve(read_metrics(self.path))
-        figure.savefig(os.path.join(self.options.out_dir, "loss.png"), dpi=120)
+        picture = os.path.join(self.options.out_dir, "loss.png")
+        write_atomically(picture, lambda path: figure.savefig(path, format="png", dpi=120))
         return loss
 
-    def diverged(self, loss):
-        """The error for a loss that is no number."""
-        kept = "" if self.best == math.inf else f"; the best weights so far are kept in {self.options.out_dir}"
-        return UserError(f"the loss is {loss} at step {self.step}: the run has diverged; lower --learning_rate{kept}")
+    def diverged(self, what):
+        """The error for numbers that are none."""
+        kept = f"; what was saved is kept in {self.options.out_dir}" if state_files(self.options.out_dir) else ""
+        return UserError(f"{what} at step {self.step}: the run has diverged; start anew, lower --learning_rate{kept}")
+
+
+def random_states(device):
+    """Where the random numbers of the CPU and of the device stand."""
+    states = dict(cpu=torch.get_rng_state())
+    if device.type == "cuda":
+        states["cuda"] = torch.cuda.get_rng_state(device)
+    if device.type == "mps":
+        states["mps"] = torch.mps.get_rng_state()
+    return states
+
+
+def restore_random_states(states, device):
+    torch.set_rng_state(states["cpu"])
+    if device.type == "cuda" and isinstance(states.get("cuda"), torch.Tensor):
+        torch.cuda.set_rng_state(states["cuda"], device)
+    if device.type == "mps" and "mps" in states:
+        torch.mps.set_rng_state(states["mps"])
 
 
 def read_metrics(path):
@@ -236,12 +322,36 @@ def read_metrics(path):
         return [json.loads(line) for line in f if line.endswith("}\n")]
 
 
+def write_lines(path, lines):
+    with open(path, "w") as f:
+        f.writelines(lines)
+
+
+def carry_on(options):
+    """The options of a worker that torchrun started again because it had died: those of going on by itself.
+
+    Its command line is that of the first start. It goes on only where that start had come as far as training in
+    out_dir; a run that was there before is still refused.
+    """
+    again = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+    if not again or lock_owner(options.out_dir).get("job") != torchrun_job():
+        return options
+    resume = bool(state_files(options.out_dir))
+    return replace(options, resume=resume, fresh=not resume)  # it may have died before it was saved
+
+
 def train(options, given):
     """Train as the options say. Returns the exit status: 0, or 130 / 143 after Ctrl-C / SIGTERM, with the run saved."""
     check_flags(options, given)
     if options.plan:
         return show(options, given)
-    check_directory(options)
+    with Lock() as lock, Saver() as saver:
+        return train_locked(carry_on(options), given, lock, saver)
+
+
+def train_locked(options, given, lock, saver):
+    """train, with the lock that keeps others out of out_dir and the saver that writes to it."""
+    check_directory(options, lock)
     device = pick_device(options.device)
     torch.manual_seed(options.seed)
     if options.resume:
@@ -253,8 +363,8 @@ def train(options, given):
     batches = data.batches(options.batch_size * options.gradient_accumulation_steps, options.block_size, options.seed)
     model.gradient_checkpointing = options.gradient_checkpointing
     model.to(device).train()
-    make_directory(options)
-    run = Run(options, model, data, device, dtype)
+    make_directory(options, lock)
+    run = Run(options, model, data, device, dtype, saver)
     if options.resume:
         run.restore(state)
     print(
@@ -275,16 +385,29 @@ def train(options, given):
     )
     if run.first_second is None:
         run.first_second = run.seconds
-    if options.init_from is not None and run.best == math.inf:  # what the old weights make of the text: to see the gain
-        val = run.evaluate()
-        if not math.isfinite(val):
-            raise UserError(f"--init_from {options.init_from}: its val loss is {val}; its weights are of no use")
-        bar.write(f"step 0: val loss {val:.4f}, {data.bits_per_byte(val):.3f} bits per byte")
+    if options.init_from is not None and run.step == 0 and run.best == math.inf:
+        run.due = True  # what the old weights make of the text: to see the gain
     pause = max(3.0, (60 * options.minutes) / 8, 25 * evaluation) if timed else None  # between evaluations
     last_seconds, last_tokens, last_evaluation = run.seconds, run.tokens, run.seconds
+    skipped, _ = run.learner.skipped.tolist()
     progress = run.progress()
     # Even where the time is over before the first step, a run makes one and ends with an evaluation.
-    while (progress < 1 or run.best == math.inf or run.step == 0) and stop.number is None:
+    while stop.number is None and (progress < 1 or run.due or run.best == math.inf or run.step == 0):
+        if run.due:
+            try:
+                val = run.evaluate(stop.until)
+            except Stopped:
+                break
+            if not math.isfinite(val):
+                bar.close()
+                if run.step == 0:
+                    raise UserError(
+                        f"--init_from {options.init_from}: its val loss is {val}; its weights are of no use"
+                    )
+                raise run.diverged(f"the val loss is {val}")
+            bar.write(f"step {run.step}: val loss {val:.4f}, {data.bits_per_byte(val):.3f} bits per byte")
+            last_seconds, last_evaluation = run.seconds, run.seconds
+            continue
         share = lr_share(run.step, progress, options)
         x, y = batches.batch(run.step, device)
         loss, norm = run.learner.step(x, y, share)
@@ -292,31 +415,30 @@ def train(options, given):
         progress = run.progress()
         bar.update(round(run.seconds) - bar.n if timed else 1)
 
-        finished = progress == 1 or stop.number is not None
         if timed:
             due = run.seconds - last_evaluation > pause and progress < 0.95
         else:
             due = run.step % options.eval_interval == 0
-        evaluate = due or progress == 1
-        if run.step % options.log_interval == 0 or run.step == 1 or evaluate or finished:
-            train_loss = loss.item()
-            tokens_per_s = (run.tokens - last_tokens) / (run.seconds - last_seconds)
-            if not math.isfinite(train_loss):
+        run.due = due or progress == 1
+        if run.step % options.log_interval == 0 or run.step == 1 or run.due or stop.number is not None:
+            train_loss, skipped_before = loss.item(), skipped
+            skipped, in_a_row = map(int, run.learner.skipped.tolist())
+            if in_a_row >= MOST_SKIPPED:
                 bar.close()
-                raise run.diverged(train_loss)
-            lr = share * options.learning_rate
-            run.log(train_loss=train_loss, lr=lr, grad_norm=norm.item(), tokens_per_s=round(tokens_per_s))
+                raise run.diverged(f"{in_a_row} steps in a row gave a loss or gradient that is no number, the last")
+            if skipped > skipped_before:
+                bar.write(f"step {run.step}: {skipped} steps skipped so far, their loss or gradient was no number")
+            tokens_per_s = (run.tokens - last_tokens) / (run.seconds - last_seconds)
+            figures = dict(train_loss=train_loss, lr=share * options.learning_rate, grad_norm=norm.item())
+            if skipped:
+                figures["skipped"] = skipped
+            run.log(**figures, tokens_per_s=round(tokens_per_s))
             bar.set_postfix_str(f"loss {train_loss:.3f}, {tokens_per_s:,.0f} tokens/s", refresh=False)
-            if evaluate:
-                val = run.evaluate()
-                if not math.isfinite(val):
-                    bar.close()
-                    raise run.diverged(val)
-                bar.write(f"step {run.step}: val loss {val:.4f}, {data.bits_per_byte(val):.3f} bits per byte")
-                last_evaluation = run.seconds
             if options.sample_interval and run.step % options.sample_interval == 0:
                 bar.write(sample_text(model, data.tokenizer, 200, device) + "\n")
             last_seconds, last_tokens = run.seconds, run.tokens
+        if not run.due and run.save_is_due():
+            run.save()
     bar.close()
     return report(run, stop)
 
@@ -342,8 +464,11 @@ def look_ahead(run, batches, given):
             if options.init_from is None:  # else the size is that of the weights
                 flags, share = smaller_setting(options)
                 print(f"A smaller one, about {seconds_in_words(seconds * share)}: python train.py {flags}")
-    if options.compile:
-        maybe_compile(run.learner, x, y, "compile" in given, seconds)
+    compile, forced = options.compile, "compile" in given
+    if run.compiled is not None and not forced:
+        compile = forced = run.compiled
+    if compile:
+        maybe_compile(run.learner, x, y, forced, seconds)
     return evaluation
 
 
@@ -360,10 +485,12 @@ def sample_text(model, tokenizer, length, device):
 def report(run, stop):
     """The last words of a run: what was reached, a sample, and what to type next. Returns the exit status."""
     out = run.options.out_dir
-    if stop.number is not None:
+    if stop.number is not None and (run.progress() < 1 or run.due):
         run.save()
+        run.saver.wait()
         print(f"stopped after step {run.step} and saved; go on with: python train.py --out_dir {out} --resume")
         return 128 + stop.number
+    run.saver.wait()
     Draft.from_tokens(run.data.train).save(out)  # sample.py is faster with it
     print(f"best val loss {run.best:.4f} nats per token ({run.data.bits_per_byte(run.best):.3f} bits per byte)")
     print(f"a sample:\n{sample_text(run.model, run.data.tokenizer, 400, run.device)}\n")

@@ -11,6 +11,7 @@ if "OMP_WAIT_POLICY" not in os.environ:  # PyTorch's threads wait awake for some
 import argparse
 import contextlib
 import difflib
+import errno
 import json
 import re
 import sys
@@ -201,7 +202,11 @@ def autocast(device, dtype):
 
 
 def write_atomically(path, write):
-    """Call write(temporary_path), sync what it wrote and rename it to path. On failure the old file stays."""
+    """Call write(temporary_path), sync what it wrote and rename it to path. On failure the old file stays.
+
+    Where the machine loses its power, path is the old file or the new one too: both the file and its name are on the
+    disk when this returns. Raises OSError.
+    """
     temporary = f"{path}.tmp"
     try:
         write(temporary)
@@ -212,6 +217,20 @@ def write_atomically(path, write):
         with contextlib.suppress(OSError):
             os.remove(temporary)
         raise
+    sync_directory(os.path.dirname(path))
+
+
+def sync_directory(directory):
+    """Have the names of the directory's files on the disk when this returns. Windows does so by itself."""
+    if os.name != "nt":
+        names = os.open(directory or ".", os.O_RDONLY)
+        try:
+            os.fsync(names)
+        except OSError as error:
+            if error.errno != errno.EINVAL:  # what a file system says that cannot sync a directory
+                raise
+        finally:
+            os.close(names)
 
 
 def write_json(path, content):

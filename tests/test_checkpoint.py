@@ -525,12 +525,12 @@ def test_until_it_is_whole_the_old_file_stays_in_place(tmp_path):
 
 
 def test_a_model_that_cannot_be_written_leaves_the_old_one(saved, make_model, model, monkeypatch):
-    def fail(tensors, path, metadata):
+    def fail(path, tensors, notes):
         with open(path, "wb") as f:
             f.write(b"half")
         raise OSError("No space left on device")
 
-    monkeypatch.setattr("checkpoint.save_file", fail)
+    monkeypatch.setattr("checkpoint._write_weights", fail)
     with pytest.raises(OSError, match="No space left"):
         save_model(str(saved), make_model(seed=1), CharTokenizer(LETTERS))
     assert_equal(model, load_model(str(saved))[0])

@@ -39,7 +39,8 @@ TINY = shlex.split("""--device cpu --dtype float32 --compile False --n_layer=1 -
     --batch_size 8 --eval_interval 50 --log_interval 5 --learning_rate 1e-2 --warmup_iters 10""")
 STEPS = 300
 FILES = {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "state.pt"}
-FILES |= {"metrics.jsonl", "loss.png", "draft.safetensors"}
+FILES |= {"metrics.jsonl", "loss.png", "draft.safetensors", "run.lock"}
+EARLIER = {"state-250.pt"}  # the state before the newest, of a run of STEPS
 
 Result = namedtuple("Result", "status out err")
 
@@ -182,7 +183,7 @@ def write(command, finished):
 
 def test_training_ends_with_status_0_and_leaves_the_promised_files(finished):
     assert finished.status == 0, finished.err
-    assert set(os.listdir(finished.model)) == FILES
+    assert set(os.listdir(finished.model)) == FILES | EARLIER
     assert set(os.listdir(str(finished.cwd))) == {"text.txt", "out"}
     assert (Path(finished.model) / "loss.png").read_bytes().startswith(b"\x89PNG\r\n")
     config = json.loads((Path(finished.model) / "config.json").read_text(encoding="utf-8"))
@@ -265,12 +266,12 @@ def test_without_a_compiler_it_says_so_in_one_line_and_trains(own, tmp_path):
 
 
 def test_a_run_that_diverges_ends_in_one_line_and_keeps_nothing_that_is_no_number(command, own, tmp_path):
-    arguments = ["--data", "text.txt", "--out_dir", "new", *TINY, "--max_iters", 50, "--learning_rate", "1e6"]
-    for name, more in (("new", []), ("often", ["--eval_interval", 1, "--log_interval", 1, "--learning_rate", "1e30"])):
+    arguments = ["--data", "text.txt", *TINY, "--max_iters", 50, "--learning_rate", "1e30"]
+    for name, more in (("new", []), ("often", ["--eval_interval", 1, "--log_interval", 1])):
         result = command(train, *arguments, "--out_dir", name, *more)
         assert result.status == 2
         last = result.err.splitlines()[-1]
-        assert re.match(r"train.py: error: the loss is \S+ at step \d+: .* lower --learning_rate", last)
+        assert re.match(r"train.py: error: .* at step \d+: the run has diverged; .* lower --learning_rate", last)
         assert "Traceback" not in result.err and result.err.count("error") == 1
         assert "NaN" not in (tmp_path / name / "metrics.jsonl").read_text()
         assert (
@@ -311,7 +312,7 @@ def test_a_run_stopped_by_ctrl_c_terminated_and_killed_ends_bit_for_bit_as_the_u
     assert (tmp_path / "out" / "model.safetensors").read_bytes() == (
         Path(finished.model) / "model.safetensors"
     ).read_bytes()
-    assert set(os.listdir(str(tmp_path / "out"))) == FILES
+    assert set(os.listdir(str(tmp_path / "out"))) == FILES | EARLIER
 
     lines = metrics_of(tmp_path / "out")
     found = {(m["step"], key): m[key] for m in lines for key in ("train_loss", "val_loss") if key in m}
@@ -755,9 +756,10 @@ def test_a_truncated_model_is_refused_by_name(command, own, name, share):
 
 
 @pytest.mark.parametrize("share", [0.0, 0.5, 0.99])
-def test_a_truncated_state_is_refused_by_name_and_left_as_it_is(command, own, tmp_path, share):
-    whole = (own / "state.pt").read_bytes()
-    (own / "state.pt").write_bytes(whole[: int(share * len(whole))])
+def test_truncated_states_are_refused_by_name_and_left_as_they_are(command, own, tmp_path, share):
+    for name in ("state.pt", *EARLIER):
+        whole = (own / name).read_bytes()
+        (own / name).write_bytes(whole[: int(share * len(whole))])
     before = contents(tmp_path)
     assert_refused(command(train, "--resume", "--max_iters", 2 * STEPS), "state.pt")
     assert contents(tmp_path) == before
@@ -784,6 +786,7 @@ def test_a_pickle_that_would_run_code_is_refused_and_runs_none(command, own, tmp
     mark = str(tmp_path / "mark")
     with pytest.raises(FileNotFoundError):
         os.stat(mark)
+    os.remove("out/state-250.pt")
     torch.save({"model": Trap(mark)}, "zipped.pt")
     for content in (Path("zipped.pt").read_bytes(), pickle.dumps(Trap(mark))):
         for path in ("out/state.pt", "ckpt.pt"):

@@ -156,6 +156,199 @@ def test_a_run_stopped_and_resumed_has_the_losses_and_weights_of_the_unbroken_on
     assert Path("broken/model.safetensors").read_bytes() == Path("unbroken/model.safetensors").read_bytes()
 
 
+def test_a_run_stopped_in_an_evaluation_makes_that_first_when_it_goes_on(run, monkeypatch):
+    unbroken = run("unbroken")[1]
+    for step in (10, 20):  # in the middle, and in the last one, after which there is no step any more
+        out, measure = f"broken-{step}", train.validation_loss
+
+        def interrupted(*args, step=step, measure=measure):
+            if interrupted.evaluations == step // 10:
+                signal.raise_signal(signal.SIGTERM)
+            interrupted.evaluations += 1
+            return measure(*args)
+
+        interrupted.evaluations = 1
+        with monkeypatch.context() as patch:
+            patch.setattr(train, "validation_loss", interrupted)
+            status, metrics = run(out)
+        assert status == 143 and metrics[-1]["step"] == step and "val_loss" not in metrics[-1]
+        status, metrics = run(out, resume=True)
+        assert status == 0 and [m.get("val_loss") for m in metrics] == [m.get("val_loss") for m in unbroken]
+        assert Path(out, "model.safetensors").read_bytes() == Path("unbroken/model.safetensors").read_bytes()
+
+
+def test_the_second_signal_leaves_at_once_with_its_status(monkeypatch):
+    left = []
+    monkeypatch.setattr(os, "_exit", left.append)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        stop = train.StopSignal()
+        signal.raise_signal(signal.SIGTERM)
+        assert (stop.number, left) == (signal.SIGTERM, [])
+        signal.raise_signal(signal.SIGINT)
+        assert left == [130]
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+def test_a_long_run_is_saved_between_its_evaluations_and_as_seldom_as_that_costs_1_percent(run, clock, monkeypatch):
+    settings = dict(max_iters=300, eval_interval=1000)
+    saved = []
+    monkeypatch.setattr(train, "save_state", lambda out, state, keep: saved.append(state["counters"]["step"]))
+    monkeypatch.setattr(train.Saver, "seconds", property(lambda self: 0.9, lambda self, value: None), raising=False)
+    assert run("out", **settings)[0] == 0  # a step a second
+    assert saved == [91, 182, 273, 300]
+
+
+def test_a_saving_that_fails_in_its_thread_ends_the_run_with_its_error(run, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(train, "save_state", full)
+    with pytest.raises(OSError, match="No space left"):
+        run("out")
+    assert train.read_metrics("out/metrics.jsonl")[-1]["step"] == 20, "of the next saving, or the end"
+
+
+def test_what_began_compiled_goes_on_compiled_and_what_did_not_does_not(run, monkeypatch):
+    compiled = []
+    monkeypatch.setattr(torch, "compile", lambda model: compiled.append(1) or (lambda *args: model(*args)))
+    run("compiled", compile=True, max_iters=2)
+    assert run("compiled", compile=True, not_given=["compile"], max_iters=4, resume=True)[0] == 0
+    assert len(compiled) == 2
+    run("plain", compile=True, not_given=["compile"], max_iters=2)
+    monkeypatch.setattr(train, "maybe_compile", lambda *_: pytest.fail("compiled"))
+    assert run("plain", compile=True, not_given=["compile"], max_iters=4, resume=True)[0] == 0
+    assert len(compiled) == 2
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Bad numbers
+
+
+@pytest.fixture
+def bad_steps(monkeypatch):
+    """bad_steps(steps): in those steps of this process, counted from 1, the loss is no number."""
+    step, loss, now = Learner.step, Learner.loss, [0]
+
+    def set_steps(steps):
+        now[0] = 0
+
+        def counting(*args):
+            now[0] += 1
+            return step(*args)
+
+        def bad(self, x, y):
+            return loss(self, x, y) * (float("nan") if now[0] in steps else 1.0)
+
+        monkeypatch.setattr(Learner, "step", counting)
+        monkeypatch.setattr(Learner, "loss", bad)
+
+    return set_steps
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_steps_whose_loss_is_no_number_are_skipped_and_counted_and_the_run_goes_on(run, bad_steps, capsys, arch):
+    bad_steps({3, 4, 11})
+    status, metrics = run("out", arch=arch)
+    assert status == 0 and losses(metrics)[-1] < losses(metrics)[0]
+    steps = [m for m in metrics if "lr" in m]
+    assert [m["step"] for m in steps if "train_loss" not in m] == [3, 4, 11]
+    assert [m.get("skipped", 0) for m in steps] == [0, 0, 1] + 7 * [2] + 10 * [3]
+    assert "step 4: 2 steps skipped so far" in capsys.readouterr().out
+    assert all(torch.isfinite(p).all() for p in plan.load_model("out")[0].parameters())
+
+
+def test_many_in_a_row_end_the_run_with_advice_and_what_was_saved_goes_on(run, bad_steps):
+    unbroken = run("unbroken", max_iters=60)[1]
+    bad_steps(range(15, 1000))
+    with pytest.raises(UserError, match=r"20 steps in a row .* at step 34: .*lower --learning_rate.* kept in out") as e:
+        run("out", max_iters=60)
+    assert "\n" not in str(e.value)
+    bad_steps(())
+    status, metrics = run("out", max_iters=60, resume=True)  # once the cause is gone
+    assert status == 0 and metrics[-1]["val_loss"] != unbroken[-1]["val_loss"], "steps 15 to 30 were skipped"
+    state = plan.load_state("out")
+    assert state["counters"]["step"] == 60 and state["skipped"].tolist() == [16, 0]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# One run at a time, and workers that torchrun starts again
+
+
+def test_a_second_run_in_the_same_directory_is_refused_while_the_first_one_lives(run, monkeypatch):
+    step, steps, refusals = Learner.step, [], []
+
+    def second(*args):
+        steps.append(1)
+        if len(steps) in (1, 15):  # before the first saving, and after it
+            for flags in ({}, dict(fresh=True), dict(resume=True)) if len(steps) == 15 else ({}, dict(fresh=True)):
+                with pytest.raises(UserError) as error:
+                    train.train(make_options(data="text.txt", out_dir="out", **flags), set())
+                refusals.append(str(error.value))
+        return step(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Learner, "step", second)
+        assert run("out")[0] == 0
+    said = f"--out_dir out: process {os.getpid()} is training there; wait for it or name another directory"
+    assert refusals == 5 * [said]
+    assert sorted(os.listdir()) == ["out", "text.txt"], "nothing was moved"
+    assert run("out", fresh=True)[0] == 0 and sorted(os.listdir()) == ["out", "out-1", "text.txt"]
+
+
+@pytest.fixture
+def torchrun(monkeypatch):
+    """torchrun(restarts, job): the environment of a worker that was started again so many times."""
+
+    def set_environment(restarts, job="a"):
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", str(restarts))
+        monkeypatch.setenv("TORCHELASTIC_RUN_ID", job)
+
+    return set_environment
+
+
+class Crash(Exception):
+    pass
+
+
+def crash_in(monkeypatch, at):
+    """Have the run in this process end without a word in its step number `at`."""
+    step, seen = Learner.step, []
+
+    def crashing(*args):
+        seen.append(1)
+        if len(seen) == at:
+            raise Crash
+        return step(*args)
+
+    monkeypatch.setattr(Learner, "step", crashing)
+
+
+@pytest.mark.parametrize("at", [5, 15])  # before it was saved for the first time, and after that
+def test_a_worker_that_torchrun_starts_again_carries_on_by_itself(run, monkeypatch, torchrun, at):
+    unbroken = run("unbroken")[1]
+    torchrun(0)
+    with monkeypatch.context() as patch:
+        crash_in(patch, at)
+        with pytest.raises(Crash):
+            run("out")
+    torchrun(1)
+    status, metrics = run("out")  # the same flags, no --resume
+    assert status == 0 and losses(metrics) == losses(unbroken)
+    assert Path("out/model.safetensors").read_bytes() == Path("unbroken/model.safetensors").read_bytes()
+
+
+def test_a_worker_started_again_does_not_go_on_with_a_run_that_another_job_began(run, torchrun):
+    torchrun(0, "another")
+    run("out")
+    for restarts in (0, 1):
+        torchrun(restarts, "a")
+        with pytest.raises(UserError, match="already holds a run"):
+            run("out")
+
+
 def test_reports_do_not_change_what_is_learned(run, capsys):
     quiet = run("quiet", log_interval=100, eval_interval=100)[1]
     busy = run("busy", log_interval=1, eval_interval=3, sample_interval=2)[1]
@@ -167,11 +360,12 @@ def test_the_best_and_the_newest_weights_are_kept(run, make_model):
     run("out")
     data = load_data("text.txt")
     model = make_model(vocab_size=data.tokenizer.vocab_size)
-    probe = train.Run(make_options(out_dir="out"), model, data, CPU, torch.float32)
-    good = probe.evaluate()
-    with torch.no_grad():
-        model.transformer.wte.weight.mul_(10)
-    assert probe.evaluate() > good
+    with train.Saver() as saver:
+        probe = train.Run(make_options(out_dir="out"), model, data, CPU, torch.float32, saver)
+        good = probe.evaluate()
+        with torch.no_grad():
+            model.transformer.wte.weight.mul_(10)
+        assert probe.evaluate() > good
     kept, _ = plan.load_model("out")
     assert train.validation_loss(kept, data.val, 4) == pytest.approx(good, abs=1e-5)
     newest = plan.load_state("out")["model"]
@@ -181,7 +375,7 @@ def test_the_best_and_the_newest_weights_are_kept(run, make_model):
 def test_weights_that_give_no_number_are_neither_kept_nor_logged(run, make_model):
     run("out")
     data = load_data("text.txt")
-    probe = train.Run(make_options(out_dir="out"), make_model(vocab_size=40), data, CPU, torch.float32)
+    probe = train.Run(make_options(out_dir="out"), make_model(vocab_size=40), data, CPU, torch.float32, train.Saver())
     before = {path: path.read_bytes() for path in Path("out").iterdir()}
     with torch.no_grad():
         probe.model.transformer.ln_f.weight.fill_(float("nan"))
@@ -203,7 +397,7 @@ def test_compile_gives_the_losses_of_the_plain_run(run, capsys):
 def test_metrics_are_valid_json_even_where_a_gradient_is_infinite(run, make_model):
     run("out")
     options = make_options(data="text.txt", out_dir="out")
-    probe = train.Run(options, make_model(), load_data("text.txt"), CPU, torch.float32)
+    probe = train.Run(options, make_model(), load_data("text.txt"), CPU, torch.float32, train.Saver())
     probe.log(train_loss=1.5, grad_norm=float("inf"))
     with open("out/metrics.jsonl") as f:
         last = f.readlines()[-1]
@@ -301,7 +495,7 @@ def clock(monkeypatch):
 
     monkeypatch.setattr(Learner, "step", slow)
     monkeypatch.setattr(train, "time", SimpleNamespace(perf_counter=lambda: clock.now))
-    picture = SimpleNamespace(savefig=lambda *_, **__: None)  # drawing takes longer than such a run
+    picture = SimpleNamespace(savefig=lambda path, **_: Path(path).touch())  # drawing takes longer than such a run
     monkeypatch.setattr(train.plots, "loss_curve", lambda metrics: picture)
     return clock
 
