@@ -190,7 +190,7 @@ class Run:
         self.best = math.inf  # lowest val loss so far
         self.due = False  # the evaluation of this step: a run stopped before it goes on with it
         self.compiled = None  # of a resumed run: whether it began compiled, which rounds otherwise
-        self.saved = 0.0  # when the run was saved last, in seconds of the run
+        self.saved = self.seconds  # when the run was saved last, or began
         self.copying = 0.0  # seconds for which saving kept the training waiting
         self.earlier_seconds = 0.0  # of the processes before this one, where the run was resumed
         self.first_second = None  # when the first step began, in seconds of the run
@@ -401,9 +401,8 @@ def train_locked(options, given, lock, saver):
             if not math.isfinite(val):
                 bar.close()
                 if run.step == 0:
-                    raise UserError(
-                        f"--init_from {options.init_from}: its val loss is {val}; its weights are of no use"
-                    )
+                    weights = f"--init_from {options.init_from}"
+                    raise UserError(f"{weights}: its val loss is {val}; its weights are of no use")
                 raise run.diverged(f"the val loss is {val}")
             bar.write(f"step {run.step}: val loss {val:.4f}, {data.bits_per_byte(val):.3f} bits per byte")
             last_seconds, last_evaluation = run.seconds, run.seconds
