@@ -2,10 +2,11 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: train sample test test-long lint bench notebooks clean
+.PHONY: train sample test test-long lint bench notebooks demo clean
 
 train: .venv/ready            ; $(BIN)/python train.py $(NEW) $(ARGS)
 sample: .venv/ready           ; $(BIN)/python sample.py $(ARGS)
+demo: .venv/ready             ; $(BIN)/python train.py --fresh --minutes 1 --out_dir out-demo $(ARGS) && $(BIN)/python export.py --out_dir out-demo
 bench: .venv/ready            ; $(BIN)/python bench.py $(ARGS)
 lint: .venv/ready-dev         ; $(BIN)/ruff check . && $(BIN)/ruff format --check .
 test: lint                    ; $(BIN)/python -m pytest -q $(ARGS)

@@ -824,6 +824,7 @@ SHRINK = {
     "sample.py": "--max_new_tokens 20",
     "bigram.py": "--steps 5 --max_new_tokens 20",
     "trigram.py": "--max_new_tokens 20",
+    "export.py": "",
 }
 OPTIONS = {"train.py": train.TrainOptions, "sample.py": sample.SampleOptions}
 OPTIONS.update({"bigram.py": bigram.BigramOptions, "trigram.py": trigram.TrigramOptions})
@@ -859,6 +860,7 @@ def shrunk(line, steps, cwd):
 def test_readme_commands(tmp_path):
     for path in ROOT.glob("*.py"):
         shutil.copy(str(path), str(tmp_path))
+    shutil.copytree(str(ROOT / "page"), str(tmp_path / "page"))
     whole = (ROOT / "input.txt").read_text(encoding="utf-8")
     (tmp_path / "input.txt").write_text(whole[:10_000] + "".join(sorted(set(whole))), encoding="utf-8")
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
@@ -890,7 +892,7 @@ def test_readme_commands(tmp_path):
             assert result.status == 0, (line, result)
             assert result.out and "Traceback" not in result.err
             ran.append(words[0])
-    assert {"train.py", "sample.py", "bigram.py", "trigram.py"} <= set(ran) and len(ran) >= 8
+    assert {"train.py", "sample.py", "bigram.py", "trigram.py", "export.py"} <= set(ran) and len(ran) >= 8
     for code in code_blocks(ROOT / "README.md", "python"):
         result = subprocess.run(
             [sys.executable, "-c", code], cwd=str(tmp_path), env=ENVIRONMENT, capture_output=True, timeout=120

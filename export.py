@@ -1,0 +1,353 @@
+"""Your model in one web page.
+
+    python export.py --html out/model.html              # then open it in a browser; mail it; put it on any web space
+    python export.py --weights float16 --max_mb 100     # weights as exact as float16 has them, in a larger file
+
+The page holds the weights, the tokenizer and the whole forward pass in JavaScript, and needs nothing else: no network,
+no server, no library. Its sources lie in page/ and are read in this order: page.html (what is seen), style.css,
+tokenizer.js, model.js with arithmetic.js, generate.js, worker.js (the model's thread), panels.js and app.js. This file
+packs the weights and puts all of it into one.
+"""
+
+import base64
+import copy
+import hashlib
+import html
+import importlib
+import inspect
+import json
+import os
+import re
+import tempfile
+import textwrap
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Optional
+
+import torch
+
+from checkpoint import METRICS, gpt2_tokenizer, load_model, load_state
+from data import CharTokenizer
+from model import GPT
+from modern import Modern
+from utils import UserError, option, parse_options, run_command, write_atomically
+
+SOURCES = os.path.join(os.path.dirname(os.path.abspath(__file__)), "page")
+EASY_MB = 16  # a page that is opened within two seconds, and that most mail servers let pass
+PROMPTS = ("One morning", "The", "")  # the first one that the tokenizer knows stands in the page
+
+
+@dataclass
+class ExportOptions:
+    """Every flag of export.py: its type, its default and its line of help."""
+
+    out_dir: str = option("out", "what train.py wrote, a GPT-2 directory, a nanoGPT ckpt.pt, or gpt2 ... gpt2-xl")
+    html: Optional[str] = option(None, "the page to write (default: model.html in out_dir)")
+    weights: str = option(
+        "auto",
+        f"float16, int8 (half of that), or auto: float16 where the page has at most {EASY_MB} MB with it",
+        choices=("auto", "float16", "int8"),
+    )
+    max_mb: int = option(200, "the largest page to write, in megabytes", at_least=1, below=500)  # browsers' own limit
+    title: Optional[str] = option(None, "heading of the page")
+    prompt: Optional[str] = option(None, "text that stands in the page at first")
+
+
+def main(argv):
+    options, _ = parse_options(ExportOptions, argv, "Write a trained GPT as one web page.")
+    return write_page(options)
+
+
+def write_page(options):
+    """Export as the options say. Returns the exit status 0."""
+    model, tokenizer = load_model(options.out_dir)
+    tokenizer = tokenizer or gpt2_tokenizer(model)
+    if tokenizer is None:
+        raise UserError(f"--out_dir {options.out_dir}: has no tokenizer; put the tokenizer.json of its run beside it")
+    spec = tokenizer_spec(tokenizer, options.out_dir)
+    prompt = first_prompt(tokenizer, options.prompt)
+    chosen = choose_format(model, options)
+    page = build_page(model, spec, chosen, prompt, options.title, training_facts(options.out_dir)).encode()
+    path = options.html or os.path.join(options.out_dir if os.path.isdir(options.out_dir) else "", "model.html")
+
+    def write(temporary):
+        with open(temporary, "wb") as f:
+            f.write(page)
+
+    try:
+        write_atomically(path, write)
+    except OSError as error:
+        raise UserError(
+            f"--html {path}: cannot be written ({error.strerror}); name a file in a directory that exists"
+        ) from None
+    print(f"{path}: {len(page) / 1e6:.1f} MB, weights in {chosen}. Open it in a browser.")
+    return 0
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Weights
+
+
+def page_tensors(model):
+    """The tensors of a GPT or Modern that the page reads, by name, float32: vectors, and matrices (out, in).
+
+    A tied head is left out; modern.py's queries, keys and values become one matrix, as model.py has them.
+    """
+    tensors = {name: tensor.detach().float() for name, tensor in model.state_dict().items()}
+    if isinstance(model, GPT):
+        del tensors["lm_head.weight"]
+    for name in [name for name in tensors if name.endswith("c_q.weight")]:
+        parts = [tensors.pop(name.replace("c_q", part)) for part in ("c_q", "c_k", "c_v")]
+        tensors[name.replace("c_q", "c_attn")] = torch.cat(parts)
+    return tensors
+
+
+def to_int8(matrix):
+    """(out, in) float32 -> whole numbers from -127 to 127 (out, in) and a scale for each row (out, 1)."""
+    scale = matrix.abs().amax(dim=1, keepdim=True).clamp(min=1e-12) / 127
+    return (matrix / scale).round().to(torch.int8), scale
+
+
+def rounded(model, how):
+    """A copy of the model whose matrices have the values that they have in a page: rounded to float16 or int8.
+
+    With int8, each row's largest weight becomes 127 and the others the nearest whole numbers.
+    """
+    model = copy.deepcopy(model)
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.dim() == 2 and how == "int8":
+                whole, scale = to_int8(p)
+                p.copy_(whole * scale)
+            elif p.dim() == 2:
+                p.copy_(p.half())
+    return model
+
+
+def packed(tensor, how):
+    """A tensor's bytes: a vector's float32; a matrix's float16, or the float32 scales of its rows, then its int8."""
+    if tensor.dim() == 1:
+        parts = [tensor]
+    elif how == "int8":
+        whole, scale = to_int8(tensor)
+        parts = [scale, whole]
+    else:
+        parts = [tensor.half()]
+    return b"".join(part.contiguous().numpy().tobytes() for part in parts)
+
+
+def page_bytes(model, how):
+    """About how long the page will be with these weights: base64 takes four bytes for three."""
+    numbers = sum(
+        (2 if how == "float16" else 1) * t.numel() + 4 * t.size(0) if t.dim() == 2 else 4 * t.numel()
+        for t in page_tensors(model).values()
+    )
+    return numbers * 4 // 3 + 500_000  # and half a megabyte for all that is not weights
+
+
+def choose_format(model, options):
+    """float16 or int8, by size. Raises UserError where the page would be too large, or the weights do not fit in."""
+    if not all(bool(torch.isfinite(p).all()) for p in model.parameters()):
+        raise UserError(f"--out_dir {options.out_dir}: its weights hold infinities or NaN; train it again")
+    size = {how: page_bytes(model, how) / 1e6 for how in ("float16", "int8")}
+    fits16 = all(float(p.detach().abs().max()) < 65504 for p in model.parameters())
+    how = options.weights
+    if how == "auto":
+        how = "float16" if fits16 and size["float16"] <= min(EASY_MB, options.max_mb) else "int8"
+    if how == "float16" and not fits16:
+        raise UserError("--weights float16: the model has weights above 65504, its largest number; use --weights int8")
+    if size[how] > options.max_mb:
+        remedies = [f"--weights int8 makes it {size['int8']:.0f} MB"] if size["int8"] <= options.max_mb else []
+        remedies += ["raise --max_mb"] if size[how] < 500 else []
+        remedies = remedies or ["train a smaller model (--n_embd, --n_layer)"]
+        raise UserError(
+            f"--weights {how}: the page would have {size[how]:.0f} MB, more than --max_mb {options.max_mb}; "
+            + " or ".join(remedies)
+        )
+    return how
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The tokenizer
+
+
+def tokenizer_spec(tokenizer, out_dir):
+    """What page/tokenizer.js needs. Raises UserError for a kind of tokenizer that it is not written for."""
+    if isinstance(tokenizer, CharTokenizer):
+        return {"kind": "characters", "tokens": tokenizer.chars}
+    with tempfile.TemporaryDirectory() as directory:  # every tokenizer can say in one format what it is
+        tokenizer.save(directory)
+        with open(os.path.join(directory, "tokenizer.json"), encoding="utf-8") as f:
+            spec = json.load(f)
+    model, words, added = spec["model"], spec["pre_tokenizer"] or {}, spec["added_tokens"]
+    strange = [spec["normalizer"], model.get("ignore_merges"), model.get("dropout")]
+    strange += [model.get("continuing_subword_prefix"), model.get("end_of_word_suffix")]
+    strange += [t["single_word"] or t["lstrip"] or t["rstrip"] for t in added]
+    bytewise = model["type"] == "BPE" and words.get("type") == "ByteLevel" and len(model["vocab"]) >= 256
+    if not bytewise or any(strange):
+        raise UserError(
+            f"--out_dir {out_dir}: its tokenizer is of a kind that the page does not run; it runs characters, "
+            f"bytes and byte-level BPE as in GPT-2"
+        )
+    tokens = [""] * (1 + max(model["vocab"].values()))
+    for token, i in model["vocab"].items():
+        tokens[i] = token
+    return {
+        "kind": "bytes",
+        "tokens": tokens,
+        "merges": [pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]],
+        "split": words.get("use_regex", True),
+        "prefixSpace": words["add_prefix_space"],
+        "added": [[t["content"], t["id"]] for t in added],
+    }
+
+
+def first_prompt(tokenizer, wanted):
+    """The text that stands in the page: the one wanted, or one that the tokenizer knows. Raises UserError."""
+    for prompt in PROMPTS if wanted is None else [wanted]:
+        try:
+            tokenizer.encode(prompt)
+        except UserError as error:
+            if wanted is not None:
+                raise UserError(f"--prompt {wanted}: {error}") from None
+        else:
+            return prompt
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Words
+
+
+def training_facts(out_dir):
+    """What a run's directory tells of how its model came about: [(name, value)], empty for one that is none."""
+    facts = []
+    with suppress(UserError):  # there is no state, or it is damaged: the model is whole without it
+        state = load_state(out_dir)
+        data, counters = os.path.basename(str(state["options"].get("data"))), state["counters"]
+        facts.append(("trained on", f"{data}, {counters['tokens']:,} tokens in {counters['step']:,} steps"))
+    path = os.path.join(out_dir, METRICS)
+    if os.path.exists(path):
+        with open(path, encoding="utf-8") as f:
+            metrics = [json.loads(line) for line in f if line.endswith("}\n")]
+        losses = [m["val_loss"] for m in metrics if "val_loss" in m]
+        if losses:
+            facts.append(("validation loss", f"{min(losses):.3f} nats per token"))
+    return facts
+
+
+def model_facts(model, spec, how, size_mb):
+    """The model in a few words: [(name, value)]."""
+    c = model.config
+    n_tokens = f"{c.vocab_size:,} " + ("characters" if spec["kind"] == "characters" else "tokens (byte-level)")
+    return [
+        ("architecture", "modern.py: GPT-2 with the ideas since" if isinstance(model, Modern) else "model.py: GPT-2"),
+        ("parameters", f"{model.num_params():,}"),
+        ("layers", f"{c.n_layer}, each with {c.n_head} heads of {c.n_embd // c.n_head} channels ({c.n_embd} in all)"),
+        ("window", f"{c.block_size:,} tokens"),
+        ("vocabulary", n_tokens),
+        ("weights", f"{how}, {size_mb:.1f} MB"),
+    ]
+
+
+WEIGHTS_WORDS = {
+    "float16": "The weights are in float16, half the bytes of those that were trained, and differ from them by a "
+    "two-thousandth at most.",
+    "int8": "The weights are in int8, a quarter of the bytes of those that were trained: each is the nearest of 255 "
+    "even steps between the largest of its row and minus that.",
+}
+
+
+def million(n):
+    """10_745_088 -> '10.7 million'; 4_000 -> '4,000'."""
+    return f"{n / 1e6:.1f} million" if n >= 100_000 else f"{n:,}"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The page
+
+
+def build_page(model, spec, how, prompt="", title=None, training=()):
+    """The page as text. spec: tokenizer_spec's; how: float16 or int8; training: more facts [(name, value)]."""
+    tensors = page_tensors(model)
+    weights = base64.b64encode(b"".join(packed(t, how) for t in tensors.values())).decode()
+    c = model.config
+    header = {
+        "architecture": type(model).__name__,
+        "config": {k: getattr(c, k) for k in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd")},
+        "format": how,
+        "tensors": [{"name": name, "shape": list(t.shape)} for name, t in tensors.items()],
+    }
+    facts = model_facts(model, spec, how, len(weights) / 1e6) + list(training)
+    data = {"header": header, "tokenizer": spec, "prompt": prompt, "facts": facts}
+    trained = next((f", trained on {value.split(',')[0]}" for name, value in training if name == "trained on"), "")
+    description = f"A language model with {million(model.num_params())} parameters in {c.n_layer} layers{trained}."
+    template = source("page.html")
+    words = {
+        "title": html.escape(title or "A language model, seen from inside"),
+        "description": html.escape(description),
+        "policy": content_policy(template),
+        "weights_words": WEIGHTS_WORDS[how],
+        "data": json_in_html(data),
+        "weights": weights,
+    }
+
+    def fill(match):
+        kind, name = match.groups()
+        if name is None:
+            return words[kind]
+        if kind == "text":  # for the worker; to the page itself no more than text
+            return f'<script type="text/plain" id="{name}">{source(name)}</script>'
+        if kind == "python":
+            module, _, path = name.partition(".")
+            return python_source(type(model).__module__ if module == "architecture" else module, path)
+        return f'<{kind} id="{name}">{source(name)}</{kind}>'
+
+    return MARK.sub(fill, template)  # in one go: what is filled in is not searched for marks
+
+
+MARK = re.compile(r"\{\{(\w+)(?: ([\w.]+))?\}\}")  # {{title}}, {{script app.js}}, {{python generate.beam_search}}
+
+
+def source(name):
+    """A file of page/."""
+    with open(os.path.join(SOURCES, name), encoding="utf-8") as f:
+        return f.read()
+
+
+def content_policy(template):
+    """What the page may do: run the scripts and use the style that are in it now, start its worker, and nothing else.
+
+    It cannot ask the network for anything, and a script that came in with a text would not run (W3C, Content Security
+    Policy Level 3; a script is named by its SHA-256).
+    """
+
+    def hashes(kind):
+        texts = [source(name) for mark, name in MARK.findall(template) if mark == kind]
+        digests = [base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in texts]
+        return " ".join(f"'sha256-{digest}'" for digest in digests)
+
+    return (
+        f"default-src 'none'; script-src {hashes('script')} 'wasm-unsafe-eval'; style-src {hashes('style')}; "
+        f"worker-src blob:; img-src data:; base-uri 'none'; form-action 'none'"
+    )
+
+
+def json_in_html(content):
+    """JSON for a script element: no < is left in it, so that nothing in it can end the element or begin another."""
+    return json.dumps(content, ensure_ascii=True, separators=(",", ":")).replace("<", "\\u003c")
+
+
+def python_source(module, path):
+    """An element that unfolds to show the source of a function or class, as it is in the module now."""
+    thing = importlib.import_module(module)
+    for name in path.split("."):
+        thing = getattr(thing, name)
+    code = html.escape(textwrap.dedent(inspect.getsource(thing)), quote=False)
+    return (
+        f'<details class="python"><summary>In Python: <code>{module}.py</code>, <code>{path}</code></summary>'
+        f'<pre tabindex="0">{code}</pre></details>'
+    )
+
+
+if __name__ == "__main__":
+    run_command(main)
