@@ -190,11 +190,11 @@ class Run:
         self.best = math.inf  # lowest val loss so far
         self.due = False  # the evaluation of this step: a run stopped before it goes on with it
         self.compiled = None  # of a resumed run: whether it began compiled, which rounds otherwise
-        self.saved = self.seconds  # when the run was saved last, or began
-        self.copying = 0.0  # seconds for which saving kept the training waiting
         self.earlier_seconds = 0.0  # of the processes before this one, where the run was resumed
         self.first_second = None  # when the first step began, in seconds of the run
         self.reserved = 0.0  # seconds to leave for the end: the last evaluation, the picture, the sample
+        self.saved = self.seconds  # when the run was saved last, or began
+        self.copying = 0.0  # seconds for which saving kept the training waiting
         self.path = os.path.join(options.out_dir, METRICS)
 
     @property
