@@ -12,6 +12,7 @@ plan.py, and one step in optim.py.
 import utils  # first: it starts the clock and sets how PyTorch's threads wait  # noqa: F401
 
 # isort: split
+import contextlib
 import json
 import math
 import os
@@ -345,12 +346,13 @@ def train(options, given):
     check_flags(options, given)
     if options.plan:
         return show(options, given)
-    with Lock() as lock, Saver() as saver:
-        return train_locked(carry_on(options), given, lock, saver)
+    with contextlib.ExitStack() as at_end:
+        return train_until(at_end, carry_on(options), given)
 
 
-def train_locked(options, given, lock, saver):
-    """train, with the lock that keeps others out of out_dir and the saver that writes to it."""
+def train_until(at_end, options, given):
+    """train, where at_end, a context, closes whatever must not stay open, however the run ends."""
+    lock, saver = at_end.enter_context(Lock()), at_end.enter_context(Saver())
     check_directory(options, lock)
     device = pick_device(options.device)
     torch.manual_seed(options.seed)
@@ -375,7 +377,7 @@ def train_locked(options, given, lock, saver):
 
     stop = StopSignal()
     timed = options.minutes is not None
-    bar = tqdm(
+    bar = tqdm(  # closed before the last words, and before those of an error
         total=round(60 * options.minutes) if timed else options.max_iters,
         initial=round(run.seconds) if timed else run.step,
         unit="step",
@@ -383,6 +385,7 @@ def train_locked(options, given, lock, saver):
         dynamic_ncols=True,
         mininterval=0.2 if sys.stderr.isatty() else 10.0,  # rarely where the output goes to a file
     )
+    at_end.callback(bar.close)
     if run.first_second is None:
         run.first_second = run.seconds
     if options.init_from is not None and run.step == 0 and run.best == math.inf:
@@ -399,7 +402,6 @@ def train_locked(options, given, lock, saver):
             except Stopped:
                 break
             if not math.isfinite(val):
-                bar.close()
                 if run.step == 0:
                     weights = f"--init_from {options.init_from}"
                     raise UserError(f"{weights}: its val loss is {val}; its weights are of no use")
@@ -423,7 +425,6 @@ def train_locked(options, given, lock, saver):
             train_loss, skipped_before = loss.item(), skipped
             skipped, in_a_row = map(int, run.learner.skipped.tolist())
             if in_a_row >= MOST_SKIPPED:
-                bar.close()
                 raise run.diverged(f"{in_a_row} steps in a row gave a loss or gradient that is no number, the last")
             if skipped > skipped_before:
                 bar.write(f"step {run.step}: {skipped} steps skipped so far, their loss or gradient was no number")
