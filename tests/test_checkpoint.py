@@ -12,7 +12,17 @@ import tokenizers
 import torch
 from safetensors.torch import load_file, save_file
 
-from checkpoint import TRANSPOSED, holds_run, load_model, load_state, save_model, save_state
+import checkpoint
+from checkpoint import (
+    TRANSPOSED,
+    holds_run,
+    load_model,
+    load_state,
+    save_model,
+    save_state,
+    snapshot,
+    state_files,
+)
 from data import CharTokenizer, LibraryTokenizer
 from model import GPT
 from utils import UserError, write_atomically, write_json
@@ -435,6 +445,63 @@ def test_a_state_comes_back(tmp_path):
     read = load_state(str(tmp_path))
     assert torch.equal(read["model"].pop("a"), torch.ones(2))
     assert read == {**STATE, "model": {}}
+
+
+def numbered(step):
+    return {**STATE, "counters": {"step": step}}
+
+
+@pytest.mark.parametrize("keep", [1, 2, 3])
+def test_the_newest_states_are_kept_and_no_more(tmp_path, keep):
+    for step in (8, 9, 10, 11):
+        save_state(str(tmp_path), numbered(step), keep)
+    names = ["state.pt", "state-10.pt", "state-9.pt"][:keep]
+    assert [os.path.basename(path) for path in state_files(str(tmp_path))] == names
+    assert sorted(os.listdir(tmp_path)) == sorted(names)
+    assert load_state(str(tmp_path))["counters"]["step"] == 11
+
+
+def test_a_damaged_state_takes_no_place_of_a_whole_one_nor_does_one_of_a_dropped_future(tmp_path, capsys):
+    for step in (8, 9, 10):
+        save_state(str(tmp_path), numbered(step), 3)
+    for name in ("state.pt", "state-9.pt"):
+        (tmp_path / name).write_bytes((tmp_path / name).read_bytes()[:-1])
+    assert load_state(str(tmp_path))["counters"]["step"] == 8
+    assert capsys.readouterr().out.count("\n") == 1
+    save_state(str(tmp_path), numbered(9), 3)
+    assert sorted(os.listdir(tmp_path)) == ["state-8.pt", "state.pt"]
+    assert load_state(str(tmp_path))["counters"]["step"] == 9
+
+
+def test_a_state_without_a_checksum_is_read_where_it_is_from_before_there_were_any_and_only_there(tmp_path):
+    torch.save(STATE, tmp_path / "state.pt")
+    assert load_state(str(tmp_path))["counters"] == {"step": 3}
+    save_state(str(tmp_path), STATE)
+    whole = (tmp_path / "state.pt").read_bytes()
+    (tmp_path / "state.pt").write_bytes(whole[: -checkpoint.SEAL_BYTES])
+    refused(tmp_path, "state.pt: is damaged, its checksum does not match", load_state)
+
+
+def test_a_snapshot_is_a_copy_in_which_tied_weights_are_still_one(model):
+    state = dict(model=model.state_dict(), numbers=[1, torch.ones(2)])
+    copied = snapshot(state)
+    with torch.no_grad():
+        model.transformer.wte.weight.zero_()
+        state["numbers"][1].zero_()
+    assert copied["model"]["lm_head.weight"] is copied["model"]["transformer.wte.weight"]
+    assert copied["model"]["lm_head.weight"].abs().sum() > 0 and torch.equal(copied["numbers"][1], torch.ones(2))
+
+
+def test_equal_weights_are_equal_files_that_the_library_reads(model, tmp_path):
+    config, tensors = checkpoint.model_files(model)
+    for name in ("a", "b"):
+        os.mkdir(tmp_path / name)
+        checkpoint.write_model(str(tmp_path / name), config, tensors, CharTokenizer(LETTERS), 8, 0.1 + 0.2)
+    first, second = (tmp_path / name / "model.safetensors" for name in ("a", "b"))
+    assert first.read_bytes() == second.read_bytes()
+    read = load_file(first)
+    assert set(read) == set(tensors) and all(torch.equal(read[name], tensors[name]) for name in tensors)
+    assert checkpoint.saved_loss(str(tmp_path / "a")) == 0.1 + 0.2, "to the last bit"
 
 
 def test_without_a_state_there_is_nothing_to_resume(tmp_path):

@@ -451,6 +451,60 @@ def test_where_the_gradients_of_one_optimizer_overflow_none_of_them_steps_and_th
     assert learner.scaler.get_scale() == scale / 4, "halved at each of the two steps"
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Bad numbers
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf")])
+@pytest.mark.parametrize("where", ["loss", "one gradient"])
+def test_a_step_of_bad_numbers_changes_nothing_but_the_count_of_them(monkeypatch, arch, dtype, wrong, where):
+    learner, spared = make_learner(arch, dtype, weight_decay=0.1), make_learner(arch, dtype, weight_decay=0.1)
+    first, bad, last = make_batch(learner.options, steps=3)
+    for each in (learner, spared):
+        take_steps(each, [first])
+    compute = Learner.gradients
+
+    def gradients(self, *args):
+        loss, found = compute(self, *args)
+        if where == "loss":
+            return loss * wrong, found
+        return loss, (found[0] * wrong, *found[1:])
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Learner, "gradients", gradients)
+        take_steps(learner, [bad, bad])
+    assert learner.skipped.tolist() == [2, 2]
+    assert take_steps(learner, [last]) == take_steps(spared, [last])
+    assert learner.skipped.tolist() == [2, 0]
+    assert all(map(torch.equal, learner.model.parameters(), spared.model.parameters()))
+    assert all(map(torch.equal, learner.copies, spared.copies))
+    for ours, theirs in zip(learner.optimizers, spared.optimizers):
+        for p, q in zip(ours.state.values(), theirs.state.values()):
+            assert all(torch.equal(p[name], q[name]) for name in p)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA GPU here")
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_on_a_gpu_no_step_waits_for_the_numbers_that_decide_whether_it_counts(arch, dtype):
+    options, device = make_options(arch=arch), torch.device("cuda")
+    learner = Learner(plan.build_model(options, VOCAB).to(device).train(), options, device, dtype)
+    batches = [(x.to(device), y.to(device)) for x, y in make_batch(options, steps=3)]
+    learner.step(*batches[0], 1.0)  # the first one sets up the optimizers' memory
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for x, y in batches[1:]:
+            learner.step(x, y, 1.0)
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
+    weights = [p.detach().clone() for p in learner.weights]
+    learner.update(torch.tensor(False, device=device))
+    assert all(map(torch.equal, weights, learner.weights))
+
+
 def test_only_float16_has_a_scaler_at_work():
     assert not make_learner().scaler.is_enabled()
     assert not make_learner(dtype=torch.bfloat16).scaler.is_enabled()
