@@ -239,7 +239,7 @@ def killed_saving(tmp_path, make_model, keep, most):
         kept = make_model(seed=round(1 / best)).state_dict()  # the weights that have this loss
         assert all(map(torch.equal, load_model(out)[0].state_dict().values(), kept.values())), n
         write(out, moment(make_model, 3), keep)  # the next saving finds nothing in its way
-        names = {"state.pt", "state-2.pt"} if keep == 2 else {"state.pt"}
+        names = set(["state.pt", "state-2.pt", "state-1.pt"][:keep])
         assert {name for name in os.listdir(out) if "state" in name or "tmp" in name} == names, n
     assert found == {(2, 1 / 2), (2, 1 / 3), (3, 1 / 3)}, "before, between and after the two renames"
 
