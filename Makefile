@@ -11,7 +11,7 @@ bench: .venv/ready            ; $(BIN)/python bench.py $(ARGS)
 lint: .venv/ready-dev         ; $(BIN)/ruff check . && $(BIN)/ruff format --check .
 test: lint                    ; $(BIN)/python -m pytest -q $(ARGS)
 test-long: .venv/ready-dev    ; $(BIN)/python -m pytest -q -m long $(ARGS)
-notebooks: .venv/ready-dev    ; $(BIN)/jupyter execute --inplace gpt_dev.ipynb
+notebooks: .venv/ready-dev    ; NANOGPT_PLAIN=1 $(BIN)/jupyter execute --inplace gpt_dev.ipynb notebooks/*.ipynb
 clean:                        ; rm -rf .venv .pytest_cache .ruff_cache __pycache__ tests/__pycache__
 
 # Three minutes of training, an earlier run moved aside; `make train ARGS=--resume` goes on with one that was stopped.

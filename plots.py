@@ -6,14 +6,16 @@ theme, so that they read the same in light and dark.
 
 import os
 
+from matplotlib import colormaps
 from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties, findfont, get_font
+from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 
 from utils import UserError
 
-BLUE, ORANGE, GREEN, RED, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#7F7F7F"
+BLUE, ORANGE, GREEN, RED, PINK, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#7F7F7F"
 
 
 def new_figure(width=7.0, height=4.0):
@@ -155,6 +157,129 @@ def attention_maps(maps, labels, titles, numbers=False):
         axes.spines[:].set_visible(False)
         axes.set_title(title, fontsize=11)
         axes.set(xlabel="is looked at", ylabel="looks" if i % columns == 0 else "")
+    return figure
+
+
+def all_heads(attention, labels):
+    """Every head as a small multiple: a row for each layer, a column for each head; darker = looked at more.
+
+    attention: (n_layer, H, T, T), row = who looks; labels: the T tokens. What lies in the future is left blank.
+    """
+    L, H, T = len(attention), len(attention[0]), len(labels)
+    side = max(1.7, 0.085 * T)
+    figure = Figure(figsize=(side * H + 0.5, (side + 0.25) * L + 0.3), facecolor="white", layout="constrained")
+    names = [visible(label) for label in labels]
+    for layer in range(L):
+        for head in range(H):
+            axes = figure.add_subplot(L, H, layer * H + head + 1)
+            weights = attention[layer][head]
+            seen = [[float(weights[a][b]) if b <= a else float("nan") for b in range(T)] for a in range(T)]
+            axes.imshow(seen, cmap="Blues", norm=PowerNorm(0.5, vmin=0, vmax=1))
+            axes.set_xticks(range(T), names if layer == L - 1 else [])
+            axes.set_yticks(range(T), names if head == 0 else [])
+            axes.tick_params(length=0, labelsize=6, pad=1)
+            axes.spines[:].set_visible(False)
+            axes.set_title(f"layer {layer + 1}, head {head + 1}", fontsize=9)
+    return figure
+
+
+def head_scores(scores, title, signed=False):
+    """A number for each head: rows are layers, columns are heads, counted from 1. scores: (n_layer, H).
+
+    signed: 0 is white, more is orange, less is purple; else from 0, white, to the largest, dark.
+    """
+    scores = [[float(score) for score in row] for row in scores]
+    L, H = len(scores), len(scores[0])
+    most = max((abs(score) for row in scores for score in row if score == score), default=0.0) or 1.0
+    figure, axes = new_figure(max(3.5, 0.95 * H + 1.2), 0.6 * L + 1.3)
+    axes.imshow(scores, cmap="PuOr_r" if signed else "Blues", vmin=-most if signed else 0, vmax=most, aspect="auto")
+    for layer in range(L):
+        for head in range(H):
+            score = scores[layer][head]
+            colour = "white" if abs(score) > (0.75 if signed else 0.6) * most else "black"
+            axes.text(
+                head, layer, f"{score:.2f}" if most >= 0.1 else f"{score:.4f}", ha="center", va="center", color=colour
+            )
+    axes.set_xticks(range(H), [str(head + 1) for head in range(H)])
+    axes.set_yticks(range(L), [str(layer + 1) for layer in range(L)])
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
+    axes.set(xlabel="head", ylabel="layer", title=title)
+    return figure
+
+
+def logit_lens(probs, labels, text, answers=None):
+    """What the model would say next if it ended early: a row for each layer, a column for each token read.
+
+    probs: (n_layer + 1, T, V); labels: the V tokens; text: the T tokens read; answers: the T that came next, which are
+    framed where they are the first guess. In each square stands the first guess, the darker the surer.
+    """
+    best, guesses = probs.max(dim=-1)  # (n_layer + 1, T) each
+    L, T = best.shape
+    figure, axes = new_figure(0.3 * T + 1.6, 0.36 * L + 1.2)
+    image = axes.imshow(best.tolist(), cmap="Blues", vmin=0, vmax=1, aspect="auto")
+    for layer in range(L):
+        for t in range(T):
+            guess = labels[int(guesses[layer, t])]
+            colour = "white" if best[layer, t] > 0.6 else "black"
+            axes.text(t, layer, visible(guess), ha="center", va="center", fontsize=9, color=colour)
+            if answers is not None and guess == answers[t]:
+                frame = dict(fill=False, edgecolor=RED, linewidth=1.6)
+                axes.add_patch(Rectangle((t - 0.44, layer - 0.42), 0.88, 0.84, **frame))
+    axes.set_xticks(range(T), [visible(token) for token in text])
+    axes.set_yticks(range(L), ["before layer 1", *(f"after layer {layer}" for layer in range(1, L))])
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
+    framed = "" if answers is None else " (framed: right)"
+    axes.set(xlabel="the token just read", title=f"what it would guess next, if it ended there{framed}")
+    figure.colorbar(image, ax=axes, ticks=[0, 0.5, 1], pad=0.01).ax.set_yticklabels(["0", "50 %", "100 %"])
+    return figure
+
+
+def embedding_map(points, labels, groups, shares=None):
+    """Vectors in two dimensions, each drawn as its label in the colour of its group.
+
+    points: (N, 2); labels: the N tokens; groups: a name for each; shares: of the variance, for the two axes.
+    """
+    figure, axes = new_figure(7.5, 5.5)
+    names = list(dict.fromkeys(groups))
+    colours = dict(zip(names, (BLUE, RED, GREEN, ORANGE, PINK, GREY)))
+    for name in names:  # a point behind each label, so that the axes fit and the legend has a mark
+        chosen = [i for i, group in enumerate(groups) if group == name]
+        xs, ys = [float(points[i][0]) for i in chosen], [float(points[i][1]) for i in chosen]
+        axes.scatter(xs, ys, color=colours.get(name, GREY), s=110, alpha=0.18, linewidths=0, label=name)
+        for i, x, y in zip(chosen, xs, ys):
+            label = visible(labels[i])
+            axes.text(x, y, label, ha="center", va="center", fontsize=11, color=colours.get(name, GREY), weight="bold")
+    for axis, share in zip("xy", shares if shares is not None else ()):
+        axes.set(**{f"{axis}label": f"{float(share):.0%} of the variance"})
+    axes.set_xticks([])
+    axes.set_yticks([])
+    axes.set_title("tokens that the model treats alike lie close together")
+    if len(names) > 1:
+        axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
+    return figure
+
+
+def neuron_text(texts, activations, marks=None, title="the darker, the more active"):
+    """Lines of text, each token on the shade of one neuron's activation; below 0 is white.
+
+    texts: N lists of tokens, or strings; activations: N lists as long; marks: a position in each to frame.
+    """
+    width = max(map(len, texts), default=1)
+    most = max((float(a) for row in activations for a in row if a == a), default=0.0)
+    figure, axes = new_figure(0.17 * width + 0.6, 0.3 * len(texts) + 0.6)
+    for row, (text, values) in enumerate(zip(texts, activations)):
+        for t, (token, value) in enumerate(zip(text, values)):
+            share = max(0.0, float(value)) / most if most > 0 else 0.0
+            axes.add_patch(Rectangle((t - 0.5, row - 0.42), 1, 0.84, color=colormaps["Blues"](share), linewidth=0))
+            mark = dict(ha="center", va="center", fontsize=9, family="monospace")
+            axes.text(t, row, visible(token), color="white" if share > 0.6 else "black", **mark)
+        if marks is not None:
+            frame = dict(fill=False, edgecolor=RED, linewidth=1.4)
+            axes.add_patch(Rectangle((marks[row] - 0.5, row - 0.42), 1, 0.84, **frame))
+    axes.set(xlim=(-0.6, width - 0.4), ylim=(len(texts) - 0.4, -0.6), title=title)
+    axes.set_axis_off()
     return figure
 
 

@@ -27,6 +27,9 @@ import torch
 class UserError(Exception):
     """Something the person at the keyboard can put right. The message names what is wrong, its value and the remedy."""
 
+    def _render_traceback_(self):  # what Jupyter shows of it
+        return [str(self)]
+
 
 def run_command(main):
     """Run `main(argv)` as a program: a UserError becomes one line on stderr and exit status 2, Ctrl-C status 130."""

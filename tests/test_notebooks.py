@@ -52,19 +52,26 @@ def test_was_saved_from_a_clean_run(path):
     assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
     assert all(cell.source.strip() for cell in notebook.cells)
     assert notebook.metadata.kernelspec.name == "python3"
+    assert "FAST" in cells[0].source, "NANOGPT_FAST=1 makes it quick, for the tests"
     for cell in cells:
         for output in cell.outputs:
             assert output.output_type != "error", cell.source
             assert output.get("name") != "stderr", f"a warning was left in the output: {output.text}"
-    assert path.stat().st_size < 1_500_000
+            assert not any("widget" in mime_type for mime_type in output.get("data", {})), (
+                "`make notebooks` draws plainly"
+            )
+    assert "widgets" not in notebook.metadata
+    assert path.stat().st_size < (1_500_000 if path.stem == "gpt_dev" else 600_000)
 
 
 @each_notebook
 def test_shows_and_asks(path):
     notebook, cells = read(path)
+    first, last = notebook.cells[0], notebook.cells[-1]
     text = "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "markdown")
     assert list(outputs(cells, "image/png"))
-    assert "?" in notebook.cells[0].source, "it opens with a question"
+    assert first.cell_type == "markdown" and "?" in first.source, "it opens with a question"
+    assert last.cell_type == "markdown" and "<details>" in last.source, "it ends with exercises"
     assert re.search(r"\bexercise", text, re.IGNORECASE)
     assert text.count("<details>") == text.count("</details>") >= 1, "answers are folded away"
     assert text.count("<details>") == text.count("</summary>")

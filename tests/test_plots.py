@@ -132,3 +132,63 @@ def test_next_token_bars_show_the_likeliest_in_the_order_of_the_first_panel():
     figure = plots.next_token_bars(torch.tensor([[0.1, 0.6, 0.3], [0.3, 0.3, 0.4]]), "abc", ["one", "two"], most=2)
     heights = [[bar.get_height() for bar in axes.patches] for axes in figure.axes]
     assert heights == [pytest.approx([60, 30]), pytest.approx([30, 40])]
+
+
+def test_every_head_has_a_square_and_the_future_is_blank():
+    attention = torch.rand(2, 3, 4, 4)
+    figure = plots.all_heads(attention, "ab\n$")
+    assert [axes.get_title() for axes in figure.axes] == [f"layer {i}, head {j}" for i in (1, 2) for j in (1, 2, 3)]
+    shown = torch.tensor(figure.axes[4].images[0].get_array().filled(0).tolist())
+    assert torch.allclose(shown, attention[1, 1].tril())
+    assert [label.get_text() for label in figure.axes[3].get_yticklabels()] == ["a", "b", "↵", "$"]
+    assert png(figure).startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("signed", [True, False])
+@pytest.mark.parametrize("scores", [[[0.5, -0.25], [1.0, 0.0]], [[0.0]], [[0.0004, float("nan")]]])
+def test_head_scores_are_written_into_their_squares(scores, signed):
+    figure = plots.head_scores(torch.tensor(scores), "title", signed)
+    written = [float(text.get_text()) for text in figure.axes[0].texts]
+    assert written == pytest.approx([score for row in scores for score in row], nan_ok=True)
+    low, high = figure.axes[0].images[0].get_clim()
+    assert (low == -high if signed else low == 0) and high > 0
+    assert png(figure).startswith(b"\x89PNG")
+
+
+def test_the_logit_lens_writes_the_first_guess_and_frames_it_where_it_is_right():
+    probs = torch.tensor([[[0.2, 0.8], [0.6, 0.4]], [[0.9, 0.1], [0.3, 0.7]]])  # 2 rows, 2 tokens read, V = 2
+    figure = plots.logit_lens(probs, "a\n", "xy", answers="a\n")
+    axes = figure.axes[0]
+    assert [text.get_text() for text in axes.texts] == ["↵", "a", "a", "↵"]
+    assert [(round(p.get_x()), round(p.get_y())) for p in axes.patches] == [(0, 1), (1, 1)]
+    assert axes.images[0].get_array().tolist() == pytest.approx(torch.tensor([[0.8, 0.6], [0.9, 0.7]]).numpy())
+    assert png(figure).startswith(b"\x89PNG")
+    assert not plots.logit_lens(probs, "a\n", "xy").axes[0].patches
+
+
+def test_an_embedding_map_writes_each_label_at_its_point():
+    points = torch.tensor([[0.0, 1.0], [2.0, 3.0], [4.0, 5.0]])
+    figure = plots.embedding_map(points, ["a", " ", "$"], ["letters", "others", "others"], torch.tensor([0.4, 0.25]))
+    axes = figure.axes[0]
+    assert [(text.get_text(), text.get_position()) for text in axes.texts] == [
+        ("a", (0, 1)),
+        ("␣", (2, 3)),
+        ("$", (4, 5)),
+    ]
+    assert axes.get_xlabel() == "40% of the variance" and axes.get_ylabel() == "25% of the variance"
+    assert png(figure).startswith(b"\x89PNG")
+    many = [str(i) for i in range(9)]  # more groups than colours
+    assert png(plots.embedding_map(torch.rand(9, 2), many, many)).startswith(b"\x89PNG")
+
+
+def test_a_neurons_text_is_the_darker_the_more_active():
+    figure = plots.neuron_text(["ab", "c\n"], [[0.0, 2.0], [-1.0, 1.0]], marks=[1, 0])
+    axes = figure.axes[0]
+    assert [text.get_text() for text in axes.texts] == ["a", "b", "c", "↵"]
+    squares = [patch for patch in axes.patches if patch.get_fill()]
+    darkness = [3 - sum(patch.get_facecolor()[:3]) for patch in squares]
+    assert darkness[0] == darkness[2] < darkness[3] < darkness[1]
+    frames = [patch for patch in axes.patches if not patch.get_fill()]
+    assert [(patch.get_x(), round(patch.get_y())) for patch in frames] == [(0.5, 0), (-0.5, 1)]
+    assert png(figure).startswith(b"\x89PNG")
+    assert png(plots.neuron_text(["$_", ""], [[0.0, 0.0], []])).startswith(b"\x89PNG")  # never active; an empty line

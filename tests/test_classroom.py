@@ -1,0 +1,71 @@
+"""classroom.py: sliders where ipywidgets is installed, else a picture and one line; errors take one line."""
+
+import builtins
+
+import pytest
+from IPython.core.interactiveshell import InteractiveShell
+from matplotlib.figure import Figure
+
+import classroom
+from utils import UserError
+
+
+def draw(layer=1, temperature=0.5):
+    drawn.append((layer, temperature))
+    return Figure(figsize=(1, 1))
+
+
+@pytest.fixture(autouse=True)
+def shown(monkeypatch):
+    """What was displayed."""
+    drawn.clear()
+    things = []
+    monkeypatch.setattr(classroom, "display", things.append)
+    monkeypatch.setattr(classroom, "PLAIN", False)
+    return things
+
+
+drawn = []
+
+
+def test_sliders_begin_at_the_defaults_and_draw_again_when_moved(shown, monkeypatch):
+    import ipywidgets
+
+    made = []
+    interact = ipywidgets.interact
+    monkeypatch.setattr(ipywidgets, "interact", lambda f, **controls: made.append(controls) or interact(f, **controls))
+    classroom.sliders(draw, layer=range(3), temperature=[0.5, 1.0])
+    assert drawn == [(1, 0.5)] and shown == []
+    made[0]["layer"].value = 2
+    made[0]["temperature"].value = 1.0
+    assert drawn == [(1, 0.5), (2, 0.5), (2, 1.0)]
+
+
+def test_without_ipywidgets_the_picture_of_the_defaults_and_what_to_install(shown, monkeypatch, capsys):
+    real = builtins.__import__
+
+    def without(name, *rest):
+        if name == "ipywidgets":
+            raise ImportError(name)
+        return real(name, *rest)
+
+    monkeypatch.setattr(builtins, "__import__", without)
+    classroom.sliders(draw, layer=range(3))
+    assert drawn == [(1, 0.5)] and isinstance(shown[0], Figure)
+    out = capsys.readouterr().out
+    assert out.count("\n") == 1 and "pip install ipywidgets" in out
+
+
+def test_pictures_for_the_page_need_no_kernel(shown, monkeypatch, capsys):
+    monkeypatch.setattr(classroom, "PLAIN", True)
+    classroom.sliders(draw, layer=range(3))
+    assert isinstance(shown[0], Figure) and capsys.readouterr().out == ""
+
+
+def test_in_a_notebook_a_user_error_is_one_line(capsys):
+    code = "from utils import missing_extra; raise missing_extra('tokenizers', 'byte-pair encoding')"
+    result = InteractiveShell.instance().run_cell(code)
+    InteractiveShell.clear_instance()
+    assert isinstance(result.error_in_exec, UserError)
+    printed = capsys.readouterr().out.strip()
+    assert printed == "byte-pair encoding needs the package 'tokenizers'; install it with: pip install tokenizers"
