@@ -9,10 +9,12 @@ begin()
 
 import inspect
 import os
+import sys
 
 import matplotlib
 from IPython import get_ipython
 from IPython.display import display
+from tqdm import tqdm
 
 from utils import missing_extra
 
@@ -26,6 +28,11 @@ def begin(dpi=75):
     shell.run_line_magic("matplotlib", "inline")
     shell.run_line_magic("config", "InlineBackend.figure_formats = ['retina']")
     matplotlib.rcParams["figure.dpi"] = dpi
+
+
+def progress(things):
+    """The same things, one after the other, with a bar that says how long the rest will take and then goes away."""
+    return tqdm(things, file=sys.stdout, leave=False, disable=PLAIN or FAST)
 
 
 def sliders(draw, **choices):

@@ -69,3 +69,13 @@ def test_in_a_notebook_a_user_error_is_one_line(capsys):
     assert isinstance(result.error_in_exec, UserError)
     printed = capsys.readouterr().out.strip()
     assert printed == "byte-pair encoding needs the package 'tokenizers'; install it with: pip install tokenizers"
+
+
+def test_a_bar_shows_while_one_waits_and_not_on_the_page(monkeypatch, capsys):
+    monkeypatch.setattr(classroom, "FAST", False)
+    assert list(classroom.progress(range(3))) == [0, 1, 2]
+    printed = capsys.readouterr()
+    assert "0/3" in printed.out and printed.err == ""
+    monkeypatch.setattr(classroom, "PLAIN", True)
+    assert list(classroom.progress(range(3))) == [0, 1, 2]
+    assert capsys.readouterr() == ("", "")
