@@ -4,6 +4,7 @@ The colours are Okabe and Ito's, which colour-blind people can tell apart; the f
 theme, so that they read the same in light and dark.
 """
 
+import math
 import os
 
 from matplotlib import colormaps
@@ -11,11 +12,12 @@ from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties, findfont, get_font
 from matplotlib.patches import Rectangle
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator
 
 from utils import UserError
 
 BLUE, ORANGE, GREEN, RED, PINK, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#7F7F7F"
+SKY = "#56B4E9"
 
 
 def new_figure(width=7.0, height=4.0):
@@ -65,7 +67,7 @@ def visible(char):
     return signs.get(char) or (char if shows else f"{ord(char):02x}")
 
 
-def bigram_table(probs, labels):
+def bigram_table(probs, labels, title="after the character on the left, how probable is the one above?"):
     """A heat map of which character follows which. probs: (V, V) tensor, row a, column b; labels: the V characters."""
     V = len(labels)
     side = max(4.0, 0.16 * V)
@@ -79,7 +81,7 @@ def bigram_table(probs, labels):
     if max(map(len, names)) > 1:
         axes.tick_params(axis="x", rotation=90)
     axes.set(xlabel="next character", ylabel="character")
-    axes.set_title("after the character on the left, how probable is the one above?", pad=14)
+    axes.set_title(title, pad=14)
     colours = figure.colorbar(image, ax=axes, shrink=0.5, ticks=[0, 0.01, 0.05, 0.2, 0.5, 1])
     colours.ax.set_yticklabels(["0", "1 %", "5 %", "20 %", "50 %", "100 %"])
     return figure
@@ -113,9 +115,9 @@ def frequencies(shares, labels):
 
 
 def curves(lines, title, xlabel="step", levels=(), log_x=False):
-    """Lines in one picture. lines: {label: (xs, ys)}; levels: {label: y}, drawn as dashed lines to compare with."""
+    """Lines in one picture, seven at most. lines: {label: (xs, ys)}; levels: {label: y}, dashed, to compare with."""
     figure, axes = new_figure()
-    for (label, (xs, ys)), colour in zip(lines.items(), (BLUE, RED, GREEN, ORANGE)):
+    for (label, (xs, ys)), colour in zip(lines.items(), (BLUE, RED, GREEN, ORANGE, PINK, SKY, GREY)):
         axes.plot(xs, ys, label=label, color=colour, linewidth=1.5, marker="o" if len(xs) < 20 else None, markersize=5)
     for label in levels:
         axes.axhline(levels[label], color=GREY, linestyle="--", linewidth=1)
@@ -323,4 +325,165 @@ def next_token_bars(probs, labels, titles, most=12):
         axes.tick_params(axis="x", length=0)
         axes.spines[["top", "right"]].set_visible(False)
         axes.set(title=title, ylabel="chance in %" if i == 0 else "")
+    return figure
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# For the notebooks on tokens, counting, training, sampling and scale
+
+
+def coloured_tokens(rows, names, columns=76):
+    """A text cut into pieces in several ways. rows: lists of pieces, one list for each name.
+
+    A piece is a str, or an int for a single byte, which is shown as two hexadecimal digits. Neighbours differ in
+    colour. columns: the width at which a row goes on in the next line, in characters.
+    """
+    tints = ("#CFE5F3", "#FBE7BF", "#CDECE1", "#F6D6C2")  # pale forms of the colours above, for black letters
+    wide, high = 0.103, 0.27  # of a character and of a line, in inches
+    boxes, heads, line = [], [], 0.0  # (text, x, line, tint); (heading, line)
+    for row, name in zip(rows, names):
+        heads.append((f"{name}: {len(row)} tokens", line))
+        line, x = line + 1, 0
+        for i, piece in enumerate(row):
+            text = f"{piece:02x}" if isinstance(piece, int) else "".join(map(visible, piece))
+            if x and x + len(text) > columns:
+                line, x = line + 1, 0
+            boxes.append((text, x, line, tints[i % len(tints)]))
+            x += len(text) + 0.4
+        line += 1.5
+    most = max([x + len(text) for text, x, _, _ in boxes] + [len(head) for head, _ in heads])
+    width, height = wide * most + 0.2, high * (line - 0.4)
+    figure = Figure(figsize=(width, height), facecolor="white")
+    axes = figure.add_axes((0, 0, 1, 1))
+    axes.set(xlim=(-0.1, width - 0.1), ylim=(height - high / 2, -high / 2))  # one unit is one inch
+    axes.axis("off")
+    for head, line in heads:
+        axes.text(0, high * line, head, va="center", fontsize=10, color="#404040")
+    for text, x, line, tint in boxes:
+        corner = (wide * (x - 0.1), high * (line - 0.42))
+        axes.add_patch(Rectangle(corner, wide * (len(text) + 0.2), 0.84 * high, facecolor=tint))
+        middle = wide * (x + len(text) / 2)
+        axes.text(middle, high * line, text, ha="center", va="center", fontsize=11, family="monospace")
+    return figure
+
+
+def number_table(values, rows, columns, title):
+    """A small table with its numbers in it, darker where they are larger. values: (R, C); rows, columns: labels."""
+    R, C = len(rows), len(columns)
+    figure, axes = new_figure(0.55 * C + 1.2, 0.4 * R + 1.0)
+    numbers = [[float(v) for v in row] for row in values]
+    top = max(map(max, numbers)) or 1.0
+    axes.imshow(numbers, cmap="Blues", vmin=0, vmax=top, aspect="auto")
+    for a in range(R):
+        for b in range(C):
+            colour = "white" if numbers[a][b] > 0.6 * top else "black"
+            axes.text(b, a, f"{numbers[a][b]:.3g}", ha="center", va="center", fontsize=9, color=colour)
+    axes.set_xticks(range(C), [visible(name) if len(name) == 1 else name for name in columns])
+    axes.set_yticks(range(R), [visible(name) if len(name) == 1 else name for name in rows])
+    axes.tick_params(length=0, labeltop=True, labelbottom=False)
+    axes.spines[:].set_visible(False)
+    axes.set_title(title, fontsize=11)
+    return figure
+
+
+def bars(names, values, title, form="{:,.1f}"):
+    """A bar for each name, from the first at the top to the last, with its value beside it, written in this form."""
+    figure, axes = new_figure(7.0, 0.38 * len(names) + 1.0)
+    axes.barh(names, values, color=BLUE, height=0.72)
+    for i, value in enumerate(values):
+        axes.text(value, i, " " + form.format(value), va="center", fontsize=9)
+    axes.invert_yaxis()
+    axes.tick_params(axis="y", length=0)
+    axes.margins(x=0.15)
+    axes.set_title(title)
+    return figure
+
+
+def learning_rates(rates, losses, choice):
+    """A learning rate finder's curve: the loss as the rate climbs from step to step, and the rate that was chosen."""
+    figure, axes = new_figure()
+    axes.plot(rates, losses, color=BLUE, linewidth=1.5)
+    axes.axvline(choice, color=RED, linestyle="--", linewidth=1.2)
+    low, high = min(losses), losses[0]
+    axes.set(xscale="log", ylim=(low - 0.1 * (high - low), high + 0.4 * (high - low)))  # what bursts leaves the picture
+    note = dict(xytext=(5, -4), textcoords="offset points", va="top", color=RED)
+    axes.annotate(f"{choice:.1g}", (choice, 1), xycoords=axes.get_xaxis_transform(), **note)
+    axes.set(xlabel="learning rate", title="the loss while the learning rate climbs")
+    axes.grid(alpha=0.25)
+    return figure
+
+
+def reshaped(before, afters, labels, titles, most=14):
+    """What settings make of a distribution: outlines as it was, (V,), bars as it became, a panel for each (V,)."""
+    order = sorted(range(len(labels)), key=lambda i: -float(before[i]))[:most]
+    figure = Figure(figsize=(3.4 * len(titles), 2.9), facecolor="white", layout="constrained")
+    first = None
+    for i, (after, title) in enumerate(zip(afters, titles)):
+        axes = first = figure.add_subplot(1, len(titles), i + 1, sharey=first)
+        places = range(len(order))
+        axes.bar(places, [100 * float(after[j]) for j in order], color=BLUE, label="after")
+        was = [100 * float(before[j]) for j in order]
+        axes.bar(places, was, facecolor="none", edgecolor=ORANGE, linewidth=1.4, label="before")
+        axes.set_xticks(places, [visible(labels[j]) for j in order])
+        axes.tick_params(axis="x", length=0)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.set(title=title, ylabel="chance in %" if i == 0 else "")
+    first.legend(frameon=False)
+    return figure
+
+
+def beam_tree(levels, labels, prompt):
+    """A beam search as a tree. levels: for each length 1, 2, ... the beams kept, best first, as generate.Hypothesis
+    with the sum of log-probabilities for a score; labels: the V tokens; prompt: written at the root.
+
+    Blue is the way to the best text, black what lived to the end, grey what was dropped on the way.
+    """
+    figure, axes = new_figure(0.62 * len(levels) + 2.6, 0.5 * max(map(len, levels)) + 0.9)
+    axes.axis("off")
+    places = {(): (0.0, (len(levels[-1]) - 1) / 2)}
+    for depth, level in enumerate(levels, 1):
+        places.update({tuple(beam.tokens): (float(depth), float(rank)) for rank, beam in enumerate(level)})
+    alive = {tuple(beam.tokens[:n]) for beam in levels[-1] for n in range(len(levels) + 1)}
+    best = {tuple(levels[-1][0].tokens[:n]) for n in range(len(levels) + 1)}
+    dot = dict(boxstyle="circle,pad=0.25", facecolor="white")
+    for tokens, (x, y) in places.items():
+        colour, order = (BLUE, 3) if tokens in best else ("black", 2) if tokens in alive else ("#A0A0A0", 1)
+        if not tokens:
+            axes.text(x, y, prompt, ha="right", va="center", fontsize=11)
+            continue
+        parent = places[tokens[:-1]]
+        axes.plot([parent[0], x], [parent[1], y], color=colour, linewidth=2 if tokens in best else 1, zorder=order)
+        box = dict(dot, edgecolor=colour)
+        letter = visible(labels[tokens[-1]])
+        axes.text(x, y, letter, ha="center", va="center", fontsize=11, color=colour, bbox=box, zorder=order + 3)
+    for rank, beam in enumerate(levels[-1]):
+        chance = f"{math.exp(beam.score):.2%}"
+        axes.text(len(levels) + 0.5, rank, chance, va="center", fontsize=10, color=BLUE if rank == 0 else "black")
+    axes.set(xlim=(-0.15 * len(prompt) - 0.3, len(levels) + 1.6), ylim=(max(map(len, levels)) - 0.4, -0.6))
+    axes.set_title("the beams kept at each length, the likeliest on top", fontsize=11)
+    return figure
+
+
+def power_law(sizes, losses, laws, held_out, title):
+    """Loss against size with both axes logarithmic, and curves fitted to it.
+
+    sizes, losses: the points of the fit; laws: {label: function of a size}; held_out: (size, loss), which the
+    fit has not seen.
+    """
+    figure, axes = new_figure()
+    low, high = math.log(min(sizes)), math.log(1.5 * held_out[0])
+    grid = [math.exp(low + (high - low) * i / 50) for i in range(51)]
+    for (label, law), style, colour in zip(laws.items(), ("--", "-", ":"), (ORANGE, GREEN, GREY)):
+        axes.plot(grid, [law(n) for n in grid], linestyle=style, color=colour, label=label, linewidth=1.5)
+    axes.plot(sizes, losses, "o", color=BLUE, label="fitted to these")
+    axes.plot(*held_out, "D", color=RED, label="not seen by the fit")
+    axes.set(xscale="log", yscale="log", xlabel="parameters", title=title)
+    axes.yaxis.set_major_locator(MaxNLocator(6))
+    axes.yaxis.set_major_formatter("{x:.2f}")
+    axes.yaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_major_locator(FixedLocator([*sizes, held_out[0]]))
+    axes.xaxis.set_major_formatter(lambda n, _: f"{n / 1e6:.1f} M" if n >= 1e6 else f"{n / 1e3:.0f} K")
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.grid(alpha=0.25)
+    axes.legend(frameon=False)
     return figure

@@ -1,6 +1,7 @@
 """plots.py: every function returns a figure that can be saved; what it shows are the numbers it was given."""
 
 import io
+import math
 import warnings
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 from matplotlib.figure import Figure
 
 import plots
+from generate import Hypothesis
 from utils import UserError
 
 METRICS = [
@@ -192,3 +194,89 @@ def test_a_neurons_text_is_the_darker_the_more_active():
     assert [(patch.get_x(), round(patch.get_y())) for patch in frames] == [(0.5, 0), (-0.5, 1)]
     assert png(figure).startswith(b"\x89PNG")
     assert png(plots.neuron_text(["$_", ""], [[0.0, 0.0], []])).startswith(b"\x89PNG")  # never active; an empty line
+
+
+def test_curves_draw_every_line_in_a_colour_of_its_own():
+    figure = plots.curves({str(i): ([1, 2], [i, i]) for i in range(7)}, "title")
+    assert len({line.get_color() for line in figure.axes[0].lines}) == 7
+
+
+def test_coloured_tokens_show_every_piece_once_and_in_order_even_where_a_row_is_broken():
+    rows = [["To", "mas", " ", "\n"], [0xC3, 0xA9, "\U0001f642"], list("abcdefghij")]
+    figure = plots.coloured_tokens(rows, ["pieces", "bytes", "letters"], columns=6)
+    texts = [text.get_text() for text in figure.axes[0].texts]
+    assert texts[:3] == ["pieces: 4 tokens", "bytes: 3 tokens", "letters: 10 tokens"]
+    assert texts[3:] == ["To", "mas", "␣", "↵", "c3", "a9", "1f642", *"abcdefghij"]
+    boxes = figure.axes[0].patches
+    assert len(boxes) == 17
+    assert all(a.get_facecolor() != b.get_facecolor() for a, b in zip(boxes[:3], boxes[1:4]))
+    spans = [(b.get_y(), b.get_x(), b.get_x() + b.get_width()) for b in boxes]
+    assert all(a[0] < b[0] or a[2] <= b[1] + 1e-9 for a, b in zip(spans, spans[1:])), "boxes overlap"
+    left, right = figure.axes[0].get_xlim()
+    assert all(left <= b.get_x() and b.get_x() + b.get_width() <= right for b in boxes)
+    assert png(figure).startswith(b"\x89PNG")
+
+
+def test_a_number_table_writes_each_number_in_its_cell():
+    figure = plots.number_table(torch.tensor([[1, 2, 0], [0, 12, 3]]), "a ", "xyz", "title")
+    axes = figure.axes[0]
+    assert [(text.get_text(), text.get_position()) for text in axes.texts][:4] == [
+        ("1", (0, 0)),
+        ("2", (1, 0)),
+        ("0", (2, 0)),
+        ("0", (0, 1)),
+    ]
+    assert [t.get_text() for t in axes.get_yticklabels()] == ["a", "␣"]
+    assert png(plots.number_table([[0, 0]], "a", "bc", "nothing yet")).startswith(b"\x89PNG")
+
+
+def test_bars_have_the_width_of_their_values():
+    axes = plots.bars(["one", "two"], [3.0, 1.0], "title", "{:.1f} MB").axes[0]
+    assert [bar.get_width() for bar in axes.patches] == [3.0, 1.0]
+    assert [text.get_text().strip() for text in axes.texts] == ["3.0 MB", "1.0 MB"]
+
+
+def test_the_learning_rate_finder_keeps_a_loss_that_bursts_from_flattening_the_curve():
+    figure = plots.learning_rates([1e-4, 1e-3, 1e-2, 1e-1], [4.0, 3.0, 2.0, 500.0], 1e-3)
+    low, high = figure.axes[0].get_ylim()
+    assert low < 2 and 4 < high < 6
+    assert lines(figure)["_child1"][0] == [1e-3, 1e-3]
+    assert png(figure).startswith(b"\x89PNG")
+
+
+def test_reshaped_shows_both_distributions_in_the_order_of_the_first():
+    before, after = torch.tensor([0.1, 0.6, 0.3]), torch.tensor([0.0, 0.7, 0.3])
+    figure = plots.reshaped(before, [after, before], "abc", ["one", "two"])
+    heights = [[bar.get_height() for bar in axes.patches] for axes in figure.axes]
+    assert heights[0] == pytest.approx([70, 30, 0, 60, 30, 10])
+    assert heights[1] == pytest.approx([60, 30, 10, 60, 30, 10])
+    assert png(figure).startswith(b"\x89PNG")
+
+
+def test_a_beam_tree_joins_each_beam_to_the_one_that_it_extends():
+    levels = [
+        [Hypothesis(math.log(0.6), [0]), Hypothesis(math.log(0.4), [1])],
+        [Hypothesis(math.log(0.36), [1, 0]), Hypothesis(math.log(0.3), [1, 1])],  # both from the second; 0 is dropped
+    ]
+    figure = plots.beam_tree(levels, "ab", "prompt")
+    axes = figure.axes[0]
+    edges = {(tuple(line.get_xdata()), tuple(line.get_ydata())): line.get_color() for line in axes.lines}
+    assert edges == {
+        ((0, 1), (0.5, 0)): "#A0A0A0",
+        ((0, 1), (0.5, 1)): plots.BLUE,
+        ((1, 2), (1, 0)): plots.BLUE,
+        ((1, 2), (1, 1)): "black",
+    }
+    assert [text.get_text() for text in axes.texts] == ["prompt", "a", "b", "a", "b", "36.00%", "30.00%"]
+    assert png(figure).startswith(b"\x89PNG")
+
+
+def test_a_power_law_is_drawn_through_to_the_point_that_was_held_out():
+    figure = plots.power_law([1e4, 1e5], [2.0, 1.8], {"law": lambda n: 3 * n**-0.05}, (1e6, 1.7), "title")
+    drawn = lines(figure)
+    assert drawn["fitted to these"] == ([1e4, 1e5], [2.0, 1.8]) and drawn["not seen by the fit"] == ([1e6], [1.7])
+    xs, ys = drawn["law"]
+    assert xs[0] == pytest.approx(1e4) and xs[-1] > 1e6
+    assert ys == pytest.approx([3 * x**-0.05 for x in xs])
+    assert [label.get_text() for label in figure.axes[0].get_xticklabels()] == ["10 K", "100 K", "1.0 M"]
+    assert png(figure).startswith(b"\x89PNG")
