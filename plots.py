@@ -59,12 +59,14 @@ def save_picture(figure, path):
     print(f"picture: {path}")
 
 
-def visible(char):
-    """A label for a character: signs for those that leave no mark, the code point for those that the font lacks."""
+def visible(token):
+    """A label for a token: signs for characters that leave no mark, the code point for those that the font lacks."""
+    if len(token) != 1:
+        return "".join(map(visible, token)).replace("$", r"\$")  # two of them would begin and end a formula
     signs = {"\n": "↵", "\t": "⇥", " ": "␣"}
     font = get_font(findfont(FontProperties()))
-    shows = char.isprintable() and font.get_char_index(ord(char))
-    return signs.get(char) or (char if shows else f"{ord(char):02x}")
+    shows = token.isprintable() and font.get_char_index(ord(token))
+    return signs.get(token) or (token if shows else f"{ord(token):02x}")
 
 
 def bigram_table(probs, labels, title="after the character on the left, how probable is the one above?"):
@@ -134,10 +136,10 @@ def curves(lines, title, xlabel="step", levels=(), log_x=False):
     return figure
 
 
-def attention_maps(maps, labels, titles, numbers=False):
-    """Who looks at whom, one square for each map. maps: (T, T) tensors, row = who looks; labels: the T characters.
+def attention_maps(maps, labels, titles, numbers=False, future=False):
+    """Who looks at whom, one square for each map. maps: (T, T) tensors, row = who looks; labels: the T tokens.
 
-    What lies in the future of a row is left blank. numbers: write them into the squares.
+    What lies in the future of a row is left blank, unless `future`. numbers: write them into the squares.
     """
     T, columns = len(labels), min(len(maps), 2 if len(labels) > 20 else 3)
     rows = -(-len(maps) // columns)
@@ -146,11 +148,11 @@ def attention_maps(maps, labels, titles, numbers=False):
     names = [visible(char) for char in labels]
     for i, (weights, title) in enumerate(zip(maps, titles)):
         axes = figure.add_subplot(rows, columns, i + 1)
-        seen = [[float(weights[a][b]) if b <= a else float("nan") for b in range(T)] for a in range(T)]
+        seen = [[float(weights[a][b]) if b <= a or future else float("nan") for b in range(T)] for a in range(T)]
         axes.imshow(seen, cmap="Blues", norm=PowerNorm(1.0 if numbers else 0.5, vmin=0, vmax=1))
         if numbers:
             for a in range(T):
-                for b in range(a + 1):
+                for b in range(T if future else a + 1):
                     colour = "white" if seen[a][b] > 0.6 else "black"
                     axes.text(b, a, f"{seen[a][b]:.2f}", ha="center", va="center", fontsize=9, color=colour)
         axes.set_xticks(range(T), names)

@@ -65,6 +65,13 @@ def test_characters_that_leave_no_mark_or_that_the_font_lacks_get_a_label_that_c
     assert png(plots.bigram_table(torch.full((15, 15), 1 / 15), chars)).startswith(b"\x89PNG")
 
 
+def test_a_token_of_several_characters_gets_a_label_that_can_be_drawn():
+    tokens = ["the", " the", "\n\n", "", "$a$", "\u200b!", "$^_$"]
+    labels = [plots.visible(token) for token in tokens]
+    assert labels == ["the", "␣the", "↵↵", "", r"\$a\$", "200b!", r"\$^_\$"]
+    assert png(plots.bigram_table(torch.full((7, 7), 1 / 7), tokens)).startswith(b"\x89PNG")
+
+
 def test_mixing_weights_are_stacked_to_one():
     figure = plots.mixing_weights(torch.tensor([[0.5, 0.3, 0.2], [0.1, 0.2, 0.7]]), ["0", "1"])
     bars = figure.axes[0].patches
@@ -115,6 +122,8 @@ def test_attention_maps_leave_the_future_blank():
     shown = figure.axes[0].images[0].get_array().filled(-1).tolist()
     assert torch.allclose(torch.tensor(shown), torch.tensor([[0.9, -1.0], [0.4, 0.6]]))
     assert [text.get_text() for text in figure.axes[0].texts] == ["0.90", "0.40", "0.60"]
+    whole = plots.attention_maps([weights], ["a", "bc"], ["first"], numbers=True, future=True)
+    assert [text.get_text() for text in whole.axes[0].texts] == ["0.90", "0.10", "0.40", "0.60"]
     assert png(figure).startswith(b"\x89PNG")
 
 
