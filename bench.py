@@ -3,6 +3,7 @@
     python bench.py                                    # training and generation speed, memory, share of the peak
     python bench.py --peers --nanogpt ../nanoGPT       # the same beside Hugging Face transformers and a nanoGPT clone
     python bench.py generate --out_dir out             # how fast a trained model writes (bench_generate.py)
+    python bench.py page --out_dir out                 # its web page: size, opening, speed in Chromium (bench_page.py)
     python bench.py quality --data mytext.txt          # the loss reached in a given time, whole processes
     python bench.py ideas                              # what each idea of modern.py buys, by leaving it out
 
@@ -28,6 +29,7 @@ import torch
 import torch.nn.functional as F
 
 import bench_generate
+import bench_page
 import modern
 import optim
 import train
@@ -196,6 +198,9 @@ def main(argv):
     if argv[:1] == ["generate"]:
         about = "Measure how fast a trained model writes."
         return bench_generate.main(parse_options(bench_generate.GenerateOptions, argv[1:], about)[0])
+    if argv[:1] == ["page"]:
+        about = "Measure a model's web page in Chromium."
+        return bench_page.main(parse_options(bench_page.PageOptions, argv[1:], about)[0])
     options, _ = parse_options(BenchOptions, argv, "Measure speed, ours and peers'.")
     if options.case is not None:
         print(json.dumps(measure(options.case, options)))

@@ -12,6 +12,7 @@ const SPEEDS = [1, 2, 4, 8, 16, 32, Infinity]; // tokens a second
 const LONGEST = 5000; // tokens; a run stops there
 const BARS = 12;
 const GUESSES = 5; // in a row of the logit lens
+const BITS_PER_SHADE = data.header.config.vocab_size > 1000 ? 2 : 1; // more tokens to choose from, more surprise
 
 const state = {
   tokens: [], // [{id, piece, bits, start}]: bits of surprise, and where the window began in which it was predicted;
@@ -180,7 +181,7 @@ function drawText() {
     element.setAttribute("role", "option");
     element.setAttribute("aria-label", `${label(token.id)}${token.bits === null ? "" : `, ${bitsInWords(token.bits)} of surprise`}`);
     if (token.bits !== null) {
-      element.style.setProperty("--shade", surpriseShade(token.bits));
+      element.dataset.shade = surpriseShade(token.bits, BITS_PER_SHADE);
       element.title = `${label(token.id)}   ${percent(2 ** -token.bits)}, ${bitsInWords(token.bits)}`;
     }
     drawn.push({ element, token });
@@ -478,6 +479,12 @@ text.onclick = ({ target }) => {
   if (element) choose(element === nextMark ? state.tokens.length : Number(element.id.slice("token-".length)));
 };
 text.onkeydown = (event) => {
+  const actions = { " ": byId("run"), Enter: byId("step"), Backspace: byId("undo"), e: byId("edit") };
+  if (event.key in actions && !event.ctrlKey && !event.altKey && !event.metaKey) {
+    event.preventDefault(); // a space would scroll, and the e end up in the editor
+    actions[event.key].click(); // nothing, where the button is disabled
+    return;
+  }
   const place = state.chosen ?? state.tokens.length;
   const moves = { ArrowLeft: place - 1, ArrowUp: place - 1, ArrowRight: place + 1, ArrowDown: place + 1, Home: 0, End: state.tokens.length };
   if (event.key in moves) {
@@ -520,7 +527,7 @@ async function start() {
   byId("head").append(...choices(n_head));
   byId("top-k").max = byId("top-k").value = TOP_KS.length - 1;
   byId("bars").append(...bars);
-  drawLegend();
+  drawLegend(BITS_PER_SHADE);
   drawFacts();
   drawSettings();
   const seconds = await load();

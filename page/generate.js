@@ -44,6 +44,19 @@ function byProbability(probs) {
   return Array.from(probs.keys()).sort((a, b) => probs[b] - probs[a] || a - b);
 }
 
+/** The n likeliest of them, in that order, in one pass. */
+function mostProbable(probs, n) {
+  const best = [];
+  for (let i = 0; i < probs.length; i++) {
+    if (best.length === n && !(probs[i] > probs[best[n - 1]])) continue;
+    let place = best.length;
+    while (place > 0 && probs[i] > probs[best[place - 1]]) place--;
+    best.splice(place, 0, i);
+    if (best.length > n) best.pop();
+  }
+  return best;
+}
+
 function highest(numbers) {
   let best = 0;
   for (let i = 1; i < numbers.length; i++) if (numbers[i] > numbers[best]) best = i;
@@ -151,7 +164,7 @@ function beamSearch(reader, text, length, width) {
     beams.forEach((beam, parent) => {
       const logits = beam.reader.nextLogits([...text, ...beam.tokens]);
       const probs = nextTokenProbs(logits);
-      for (const token of byProbability(probs).slice(0, 2 * width)) {
+      for (const token of mostProbable(probs, 2 * width)) {
         candidates.push({ parent, token, logProb: beam.logProb + Math.log(probs[token]) });
       }
     });

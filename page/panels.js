@@ -15,15 +15,15 @@ const byId = (id) => document.getElementById(id);
 const percent = (p) => (p >= 0.0995 ? (100 * p).toFixed(0) : p >= 0.00095 ? (100 * p).toFixed(1) : p > 0 ? "< 0.1" : "0") + " %";
 const bitsInWords = (bits) => `${bits.toFixed(1)} ${bits.toFixed(1) === "1.0" ? "bit" : "bits"}`;
 
-/** How deep a token is coloured: one step for each bit of surprise, as the legend shows. */
-const SHADES = [0, 0.12, 0.24, 0.36, 0.48, 0.6, 0.72, 0.84];
-const surpriseShade = (bits) => SHADES[Math.min(SHADES.length - 1, Math.floor(bits))];
+/** How deep a token is coloured, from 0 to 7 (style.css): one step for each `bitsPerShade` bits of surprise. */
+const DEEPEST = 7;
+const surpriseShade = (bits, bitsPerShade) => Math.min(DEEPEST, Math.floor(bits / bitsPerShade));
 
-function drawLegend() {
+function drawLegend(bitsPerShade) {
   byId("legend-colours").replaceChildren(
-    ...SHADES.map((shade) => {
-      const swatch = make("i");
-      swatch.style.setProperty("--shade", shade);
+    ...Array.from({ length: DEEPEST + 1 }, (_, shade) => {
+      const swatch = make("i", { textContent: `${shade * bitsPerShade}${shade === DEEPEST ? "+" : ""}` });
+      swatch.dataset.shade = shade;
       return swatch;
     }),
   );
@@ -49,8 +49,7 @@ function tokenElement(piece) {
 function drawBars(rows, logits, settings, label, drawn) {
   const plain = nextTokenProbs(logits);
   const shaped = nextTokenProbs(logits, settings);
-  const order = byProbability(plain);
-  const shown = order.slice(0, rows.length);
+  const shown = mostProbable(plain, rows.length);
   if (drawn !== null && !shown.includes(drawn)) shown[shown.length - 1] = drawn;
   const highest = Math.max(...shown.map((id) => Math.max(plain[id], shaped[id])));
   const scale = [0.1, 0.25, 0.5, 1].find((whole) => highest <= whole + 1e-9);
@@ -68,7 +67,7 @@ function drawBars(rows, logits, settings, label, drawn) {
     const fate = shaped[id] === 0 ? "never drawn" : `drawn with ${percent(shaped[id])}`;
     row.button.setAttribute("aria-label", `${label(id)}: the model gives it ${percent(plain[id])}, ${fate}`);
   });
-  const others = order.length - shown.length;
+  const others = plain.length - shown.length;
   const rest = 1 - shown.reduce((sum, id) => sum + plain[id], 0);
   const choices = (probs) => `${(2 ** entropy(probs)).toFixed(1)}`;
   byId("bars-rest").textContent =
@@ -98,15 +97,14 @@ function drawLooks(container, pieces, weights, label) {
   const highest = Math.max(...weights);
   const elements = pieces.map((piece, i) => {
     const element = tokenElement(piece);
-    element.style.setProperty("--shade", (0.85 * (weights[i] / highest) ** 0.6).toFixed(3));
+    element.style.setProperty("--shade", ((weights[i] / highest) ** 0.6).toFixed(3));
     element.title = percent(weights[i]);
     return element;
   });
   elements[elements.length - 1].classList.add("chosen");
   container.replaceChildren(...elements);
   container.scrollTop = container.scrollHeight;
-  const order = byProbability(weights).slice(0, 3);
-  const most = order.map((i) => `${label(i)} (${percent(weights[i])}${i === pieces.length - 1 ? ", itself" : `, ${pieces.length - 1 - i} before`})`);
+  const most = mostProbable(weights, 3).map((i) => `${label(i)} (${percent(weights[i])}${i === pieces.length - 1 ? ", itself" : `, ${pieces.length - 1 - i} before`})`);
   byId("looks-most").textContent = `Most: ${most.join(", ")}.`;
 }
 
@@ -149,7 +147,7 @@ function drawLens(lens, label, answer) {
       const name = layer === 0 ? "the token itself" : layer === lens.length - 1 ? `layer ${layer}: the answer` : `layer ${layer}`;
       const cells = guesses.map(({ id, probability }) => {
         const cell = make("td", { className: id === answer ? "answer" : "" }, make("b", {}, label(id)), " ", make("small", {}, percent(probability)));
-        cell.style.setProperty("--shade", (0.55 * probability).toFixed(3));
+        cell.style.setProperty("--shade", probability.toFixed(3));
         return cell;
       });
       return make("tr", {}, make("th", { scope: "row", textContent: name }), ...cells);
@@ -200,7 +198,7 @@ function layOut(root) {
   return nodes;
 }
 
-/** Draw the tree of a search from left to right. */
+/** Draw the tree of a search from left to right. Each column is as wide as its widest text, which the browser measures. */
 function drawTree(container, steps, label) {
   const svg = (tag, attributes, ...content) => {
     const element = document.createElementNS("http://www.w3.org/2000/svg", tag);
@@ -208,31 +206,42 @@ function drawTree(container, steps, label) {
     element.append(...content);
     return element;
   };
+  const [LINE, GAP] = [24, 40]; // between lines; between a text and the next column
   const nodes = layOut(growTree(steps));
-  const name = (node) => (node.up ? label(node.token) : "●");
-  const [LINE, LETTER] = [21, 8];
-  const COLUMN = LETTER * Math.max(...nodes.map((node) => name(node).length)) + 30;
-  const x = (node) => 14 + node.depth * COLUMN;
-  const y = (node) => LINE * (node.line + 0.75);
-  const groups = nodes.map((node) => {
-    const text = svg("text", { x: x(node), y: y(node) + 4 }, name(node));
-    const group = svg("g", { class: node.fate }, text);
-    if (node.up) {
-      const from = x(node.up) + LETTER * name(node.up).length + 4;
-      const to = x(node) - 5;
-      const turn = Math.max(from, to - 22); // the line leaves its parent's only where it has to
-      const curve = `C ${(turn + to) / 2} ${y(node.up)}, ${(turn + to) / 2} ${y(node)}, ${to} ${y(node)}`;
-      group.prepend(svg("path", { d: `M ${from} ${y(node.up)} H ${turn} ${curve}` }));
-      const here = percent(Math.exp(node.logProb - node.up.logProb));
-      text.append(svg("title", {}, `${name(node)}: ${here} here, ln p = ${node.logProb.toFixed(2)} up to here`));
-    }
-    return group;
-  });
   const order = ["dropped", "kept", "best", "root"]; // what matters most is drawn last, on top
-  groups.sort((a, b) => order.indexOf(a.getAttribute("class")) - order.indexOf(b.getAttribute("class")));
-  const width = Math.max(...nodes.map(x)) + COLUMN;
-  const height = LINE * (1.5 + Math.max(...nodes.map(({ line }) => line)));
-  const drawing = svg("svg", { width, height, viewBox: `0 0 ${width} ${height}`, role: "img" }, ...groups);
+  nodes.sort((a, b) => order.indexOf(a.fate) - order.indexOf(b.fate));
+  const drawing = svg("svg", { role: "img" });
   drawing.setAttribute("aria-label", "A tree of continuations; those that were kept to the end are in the list below");
   container.replaceChildren(drawing);
+  for (const node of nodes) {
+    node.text = svg("text", {}, node.up ? label(node.token) : "●");
+    node.group = svg("g", { class: node.fate }, node.text);
+    if (node.up) {
+      const here = percent(Math.exp(node.logProb - node.up.logProb));
+      node.text.append(svg("tspan", { class: "share", dx: 5 }, here));
+      node.text.append(svg("title", {}, `${label(node.token)}: ${here} here, ln p = ${node.logProb.toFixed(2)} up to here`));
+    }
+    drawing.append(node.group);
+  }
+  const widths = [];
+  for (const node of nodes) {
+    node.width = node.text.getBBox().width;
+    widths[node.depth] = Math.max(widths[node.depth] ?? 0, node.width);
+  }
+  const columns = [4]; // where each begins
+  widths.forEach((width, depth) => (columns[depth + 1] = columns[depth] + width + GAP));
+  const y = (node) => LINE * (node.line + 0.6);
+  for (const node of nodes) {
+    node.text.setAttribute("x", columns[node.depth]);
+    node.text.setAttribute("y", y(node) + 5);
+    if (!node.up) continue;
+    const from = columns[node.up.depth] + node.up.width + 5;
+    const to = columns[node.depth] - 6;
+    const turn = Math.max(from, to - GAP + 11); // the line leaves its parent's only where it has to
+    const curve = `C ${(turn + to) / 2} ${y(node.up)}, ${(turn + to) / 2} ${y(node)}, ${to} ${y(node)}`;
+    node.group.prepend(svg("path", { d: `M ${from} ${y(node.up)} H ${turn} ${curve}` }));
+  }
+  const width = columns[widths.length] - GAP + 8;
+  const height = LINE * (1.3 + Math.max(...nodes.map(({ line }) => line)));
+  for (const [name, value] of Object.entries({ width, height, viewBox: `0 0 ${width} ${height}` })) drawing.setAttribute(name, value);
 }

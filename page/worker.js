@@ -61,7 +61,7 @@ const answers = {
       answer.attention = attention;
       answer.lens = stream.map((x) => {
         const probs = nextTokenProbs(model.head(x, 1));
-        return byProbability(probs).slice(0, most).map((id) => ({ id, probability: probs[id] }));
+        return mostProbable(probs, most).map((id) => ({ id, probability: probs[id] }));
       });
     });
     return answer;
