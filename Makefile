@@ -2,11 +2,12 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: train sample test test-long lint bench notebooks demo clean
+.PHONY: train sample test test-long lint bench notebooks demo pictures clean
 
 train: .venv/ready            ; $(BIN)/python train.py $(NEW) $(ARGS)
 sample: .venv/ready           ; $(BIN)/python sample.py $(ARGS)
 demo: .venv/ready             ; $(BIN)/python train.py --fresh --minutes 1 --out_dir out-demo $(ARGS) && $(BIN)/python export.py --out_dir out-demo
+pictures: .venv/ready-dev     ; PYTHONPATH=.:tests $(BIN)/python docs/pictures.py $(ARGS)
 bench: .venv/ready            ; $(BIN)/python bench.py $(ARGS)
 lint: .venv/ready-dev         ; $(BIN)/ruff check . && $(BIN)/ruff format --check .
 test: lint                    ; $(BIN)/python -m pytest -q $(ARGS)

@@ -110,7 +110,7 @@ function drawLooks(container, pieces, weights, label) {
 
 /** A button for each head, with an empty picture each: [layer][head]. */
 function makeMaps(container, n_layer, n_head) {
-  container.classList.toggle("few", n_layer * n_head <= 12);
+  container.style.setProperty("--heads", n_head);
   return Array.from({ length: n_layer }, (_, layer) => {
     const buttons = Array.from({ length: n_head }, (_, head) => {
       const button = make("button", { type: "button", title: `Layer ${layer + 1}, head ${head + 1}` }, make("canvas"));
@@ -206,7 +206,7 @@ function drawTree(container, steps, label) {
     element.append(...content);
     return element;
   };
-  const [LINE, GAP] = [24, 40]; // between lines; between a text and the next column
+  const [LINE, GAP] = [24, 34]; // between lines; between a text and the next column
   const nodes = layOut(growTree(steps));
   const order = ["dropped", "kept", "best", "root"]; // what matters most is drawn last, on top
   nodes.sort((a, b) => order.indexOf(a.fate) - order.indexOf(b.fate));
