@@ -8,12 +8,14 @@ begin()
 """
 
 import inspect
+import io
 import os
 import sys
 
-import matplotlib
 from IPython import get_ipython
 from IPython.display import display
+from matplotlib.figure import Figure
+from PIL import Image
 from tqdm import tqdm
 
 from utils import missing_extra
@@ -23,11 +25,22 @@ PLAIN = os.environ.get("NANOGPT_PLAIN") == "1"  # `make notebooks` sets this: a 
 
 
 def begin(dpi=75):
-    """Show figures below their cell, sharp on any screen. dpi: how large they appear on the page."""
+    """Show figures below their cell. dpi: how large they appear on the page."""
     shell = get_ipython()
     shell.run_line_magic("matplotlib", "inline")
-    shell.run_line_magic("config", "InlineBackend.figure_formats = ['retina']")
-    matplotlib.rcParams["figure.dpi"] = dpi
+    shell.display_formatter.formatters["image/png"].for_type(Figure, lambda figure: png(figure, dpi))
+
+
+def png(figure, dpi):
+    """A figure as the bytes of a PNG, and the size in which a page shows it.
+
+    It has twice the pixels, for sharp screens, and 128 colours: a third of the bytes, and no eye sees the difference.
+    """
+    drawn, file = io.BytesIO(), io.BytesIO()
+    figure.savefig(drawn, dpi=2 * dpi, bbox_inches="tight")
+    image = Image.open(drawn).convert("RGB").quantize(128, dither=Image.Dither.NONE)
+    image.save(file, format="png", optimize=True)
+    return file.getvalue(), dict(width=image.width // 2, height=image.height // 2)
 
 
 def progress(things):

@@ -1,12 +1,17 @@
 """classroom.py: sliders where ipywidgets is installed, else a picture and one line; errors take one line."""
 
 import builtins
+import io
 
+import numpy as np
 import pytest
+import torch
 from IPython.core.interactiveshell import InteractiveShell
 from matplotlib.figure import Figure
+from PIL import Image
 
 import classroom
+import plots
 from utils import UserError
 
 
@@ -79,3 +84,15 @@ def test_a_bar_shows_while_one_waits_and_not_on_the_page(monkeypatch, capsys):
     monkeypatch.setattr(classroom, "PLAIN", True)
     assert list(classroom.progress(range(3))) == [0, 1, 2]
     assert capsys.readouterr() == ("", "")
+
+
+def test_a_picture_for_the_page_is_sharp_and_small():
+    figure = plots.attention_maps([torch.rand(20, 20)], "a" * 20, ["head"])
+    plain = io.BytesIO()
+    figure.savefig(plain, dpi=150, bbox_inches="tight")
+    before = Image.open(plain).convert("RGB")
+    data, size = classroom.png(figure, 75)
+    after = Image.open(io.BytesIO(data)).convert("RGB")
+    assert after.size == before.size and size == dict(width=before.width // 2, height=before.height // 2)
+    assert len(data) < len(plain.getvalue()) / 2
+    assert np.abs(np.asarray(before, dtype=int) - np.asarray(after, dtype=int)).max() <= 32  # of 255
