@@ -1,13 +1,14 @@
 """One update of the weights: loss, gradients and optimizers, in the number format that pays on the device."""
 
 import copy
+import functools
 import math
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
 from model import dice
-from utils import UserError, autocast
+from utils import UserError, autocast, has_bfloat16
 
 
 def build_optimizers(model, options, device):
@@ -78,13 +79,17 @@ POLAR_EXPRESS = (
 )
 
 
-def orthogonal(x):
-    """Bring all singular values of each matrix in x (N, rows, columns) near 1, in bfloat16: the nearest orthogonal one.
+multiplies_bfloat16 = functools.lru_cache(maxsize=None)(has_bfloat16)  # asked at every step
 
+
+def orthogonal(x):
+    """Bring all singular values of each matrix in x (N, rows, columns) near 1: the nearest orthogonal one.
+
+    In bfloat16, whose precision is enough for that, where the hardware multiplies it; elsewhere float32 is far faster.
     A polynomial of odd powers of a matrix, x (a + b x^T x + c (x^T x)^2), is that polynomial of its singular values.
     """
     tall = x.size(1) > x.size(2)
-    x = (x.mT if tall else x).bfloat16()
+    x = (x.mT if tall else x).to(torch.bfloat16 if multiplies_bfloat16(x.device) else torch.float32)
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
     for a, b, c in POLAR_EXPRESS:
         gram = x @ x.mT

@@ -22,8 +22,7 @@ function nextTokenProbs(logits, { temperature = 1, topK = 0, topP = 1 } = {}) {
   for (let i = 0; i < V; i++) sum += probs[i] = Math.exp((logits[i] - logits[likeliest]) / temperature);
   const someStay = topK > 0 && topK < V;
   if (someStay || topP < 1) {
-    const order = byProbability(probs);
-    const kept = someStay ? order.slice(0, topK) : order;
+    const kept = someStay ? mostProbable(probs, topK) : byProbability(probs);
     const left = kept.reduce((total, i) => total + probs[i], 0);
     let before = 0; // the share of all that are likelier
     const nucleus = kept.filter((i) => {

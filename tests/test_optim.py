@@ -238,11 +238,14 @@ def test_a_step_of_a_modern_model_is_what_plain_pytorch_does(monkeypatch):
 
 
 @needs_muon
+@pytest.mark.parametrize("bfloat16", [True, False])
 @pytest.mark.parametrize("shape", [(8, 8), (32, 8), (8, 32), (1, 8), (192, 768)])
-def test_an_update_by_muon_has_singular_values_near_1_and_the_directions_of_the_gradient(shape):
+def test_an_update_by_muon_has_singular_values_near_1_and_the_directions_of_the_gradient(shape, bfloat16, monkeypatch):
+    monkeypatch.setattr(optim, "multiplies_bfloat16", lambda device: bfloat16)
     x = torch.randn(3, *shape, generator=torch.Generator().manual_seed(0))
-    found = optim.orthogonal(x).float()
-    assert found.shape == x.shape
+    found = optim.orthogonal(x)
+    assert found.dtype == (torch.bfloat16 if bfloat16 else torch.float32) and found.shape == x.shape
+    found = found.float()
     for matrix, before in zip(found, x):
         u, s, vt = torch.linalg.svd(before, full_matrices=False)
         exact = u @ vt  # the nearest orthogonal matrix
