@@ -29,8 +29,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, fields
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors import SafetensorError, safe_open
 
 from data import load_tokenizer, save_tokenizer
 from model import GPT, GPTConfig
@@ -86,58 +85,55 @@ def _load_bin(path):
 
 
 def _load_safetensors(path):
+    return _load_noted(path)[0]
+
+
+def _load_noted(path):
+    """(tensors by name, notes) of a safetensors file. Raises UserError where it is damaged, as its checksum tells.
+
+    Weights that others wrote have no checksum, and are taken as they are.
+    """
     try:
-        _weights_notes(path)
-        return load_file(path)
+        with safe_open(path, "pt") as f:
+            notes = f.metadata() or {}
+            tensors = {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118
     except (OSError, SafetensorError) as error:
         raise UserError(f"{path}: cannot be read, it may be truncated ({error})") from None
+    if notes.pop(CHECKSUM, None) not in (None, _checksum(tensors, notes)):
+        raise UserError(f"{path}: is damaged, its checksum does not match; restore it or train again")
+    return tensors, notes
+
+
+CHECKSUM = "nanogpt_tensors_sha256"  # among the notes
+
+
+def _checksum(tensors, notes):
+    """The checksum of tensors by name, their types and shapes, and of notes."""
+    sha256 = hashlib.sha256(json.dumps(notes, sort_keys=True).encode())
+    for name, tensor in sorted(tensors.items()):
+        sha256.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        sha256.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
+    return sha256.hexdigest()
 
 
 def _write_weights(path, tensors, notes):
-    """Write float32 tensors in the safetensors format, with notes (text by name) and a checksum in its metadata.
+    """Write float32 tensors by name in the safetensors format, with notes (text by name) and a checksum.
 
-    The format is 8 bytes of length, a JSON header of that length, and the numbers. The library would write it too, but
-    the notes in another order each time, where equal weights shall be equal files. Raises OSError.
+    The format is 8 bytes of length, a JSON header of that length, and the numbers. The library writes it too, but the
+    notes in any order, where equal weights shall be equal files; it leaves a file of its own behind where it is killed,
+    and a full disk is no OSError to it. Raises OSError.
     """
-    header, end = {"__metadata__": {"format": "pt", **notes, "nanogpt_sha256": "0" * 64}}, 0
+    notes = {"format": "pt", **notes}
+    header, end = {"__metadata__": {**notes, CHECKSUM: _checksum(tensors, notes)}}, 0
     for name, tensor in tensors.items():
         begin, end = end, end + 4 * tensor.numel()
         header[name] = {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": [begin, end]}
-    header = json.dumps(header, separators=(",", ":")).encode()
+    header = json.dumps(header).encode()
     header += b" " * (-len(header) % 8)  # so that the numbers lie where a processor likes to read them
-    sha256 = hashlib.sha256(header)
-    for tensor in tensors.values():
-        sha256.update(tensor.reshape(-1).numpy())
     with open(path, "wb") as f:
-        f.write(len(header).to_bytes(8, "little"))
-        f.write(header.replace(b"0" * 64, sha256.hexdigest().encode(), 1))
+        f.write(len(header).to_bytes(8, "little") + header)
         for tensor in tensors.values():
             f.write(tensor.reshape(-1).numpy())
-
-
-def _weights_notes(path):
-    """What _write_weights noted, {} for weights that others wrote. Raises UserError where they are damaged."""
-    with open(path, "rb") as f:
-        length = int.from_bytes(f.read(8), "little")
-        header = f.read(min(length, 100_000_000))  # the most that the library reads
-        found = re.search(rb'"__metadata__":({[^}]*"nanogpt_sha256":"([0-9a-f]{64})"})', header)
-        if found is None:
-            return {}
-        sha256 = hashlib.sha256(header.replace(found[2], b"0" * 64, 1))
-        _add_rest(f, sha256)
-    if sha256.hexdigest() != found[2].decode():
-        raise UserError(f"{path}: is damaged, its checksum does not match; restore it or train again")
-    return json.loads(found[1])
-
-
-def _add_rest(file, sha256, size=math.inf):
-    """Add the rest of an open file to a checksum, up to `size` bytes."""
-    while size > 0:
-        piece = file.read(min(size, 2**20))
-        if not piece:
-            return
-        sha256.update(piece)
-        size -= len(piece)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -171,10 +167,10 @@ def saved_loss(directory):
     None where nobody noted it, infinity where there are no whole weights.
     """
     path = os.path.join(directory, "model.safetensors")
-    try:
-        loss = _weights_notes(path).get("val_loss")
-    except OSError:
+    if not os.path.exists(path):
         return math.inf
+    try:
+        loss = _load_noted(path)[1].get("val_loss")
     except UserError as error:
         print(f"{error}: the next evaluation writes it anew")
         return math.inf
@@ -472,9 +468,10 @@ def _whole_step(path):
             seal = SEAL.fullmatch(f.read())
             if seal is None:
                 return None
-            sha256 = hashlib.sha256()
+            sha256, end = hashlib.sha256(), size - DIGEST_BYTES
             f.seek(0)
-            _add_rest(f, sha256, size - DIGEST_BYTES)
+            for begin in range(0, end, 2**20):
+                sha256.update(f.read(min(2**20, end - begin)))
     except OSError:
         return None
     return int(seal[1]) if sha256.hexdigest() == seal[2].decode() else None
@@ -551,6 +548,9 @@ class Saver:
 # One run at a time
 
 
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # what some network file systems say to a lock
+
+
 class Lock:
     """Keeps other runs out of the directory that a run writes to.
 
@@ -571,15 +571,18 @@ class Lock:
             _lock(file)
         except OSError as error:
             owner = lock_owner(directory)
-            file.close()
-            if error.errno not in (errno.EAGAIN, errno.EACCES):
-                raise
-            who = f"process {owner['pid']}" if "pid" in owner else "another process"
-            if owner.get("host") not in (None, socket.gethostname()):
-                who += f" on {owner['host']}"
-            raise UserError(
-                f"--out_dir {directory}: {who} is training there; wait for it or name another directory"
-            ) from None
+            if error.errno in NO_LOCKS:
+                print(f"{directory}: its file system has no locks; see to it that no other run writes there")
+            else:
+                file.close()
+                if error.errno not in (errno.EAGAIN, errno.EACCES):
+                    raise
+                who = f"process {owner['pid']}" if "pid" in owner else "another process"
+                if owner.get("host") not in (None, socket.gethostname()):
+                    who += f" on {owner['host']}"
+                raise UserError(
+                    f"--out_dir {directory}: {who} is training there; wait for it or name another directory"
+                ) from None
         self.release()
         file.seek(0)
         self.file, self.before = file, file.read()

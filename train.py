@@ -68,6 +68,8 @@ from utils import (
 )
 
 MOST_SKIPPED = 20  # steps in a row: float16's scale of 2^16 may need 16 to come down to 1
+# What PyTorch says where memory is used up: on a CUDA or Apple GPU, in cuBLAS, on a CPU (Linux and macOS, Windows).
+OUT_OF_MEMORY = ("out of memory", "ALLOC_FAILED", "can't allocate memory", "not enough memory")
 SAVE_SECONDS = 60  # between two savings, where evaluations do not save more often
 SAVE_SHARE = 0.01  # of the time, that these savings may take
 
@@ -136,11 +138,10 @@ def main(argv):
     try:
         return train(options, given)
     except (RuntimeError, MemoryError) as error:
-        full = isinstance(error, (torch.cuda.OutOfMemoryError, MemoryError))
-        if not full and not any(words in str(error) for words in ("can't allocate memory", "not enough memory")):
+        if not (isinstance(error, MemoryError) or any(words in str(error) for words in OUT_OF_MEMORY)):
             raise
-        remedy = "lower --batch_size (--gradient_accumulation_steps makes up for it) or add --gradient_checkpointing"
-        raise UserError(f"out of memory; {remedy}") from None
+        remedy = "lower --batch_size (--gradient_accumulation_steps makes up for it) or --block_size, or add "
+        raise UserError(f"out of memory; {remedy}--gradient_checkpointing") from None
     except BrokenPipeError:
         raise
     except OSError as error:  # a full disk, say; what was saved before is whole
@@ -453,9 +454,8 @@ def look_ahead(run, batches, given):
     token_seconds = seconds_per_token(run.learner, x, y)
     evaluation = evaluation_seconds(token_seconds, options, run.data)
     if options.minutes is not None:
-        run.reserved = min(
-            1.5 + 1.3 * evaluation, 30 * options.minutes
-        )  # a picture, a sample and a draft take a second
+        # a picture, a sample and a draft take a second
+        run.reserved = min(1.5 + 1.3 * evaluation, 30 * options.minutes)
         seconds = 60 * options.minutes - run.seconds
     else:
         seconds = token_seconds * x.numel() * (options.max_iters - run.step)

@@ -1,5 +1,6 @@
 """checkpoint.py: what is saved comes back exactly, what others saved is read, and nothing that is read can run code."""
 
+import errno
 import json
 import os
 import pickle
@@ -10,14 +11,17 @@ import sys
 import pytest
 import tokenizers
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import checkpoint
 from checkpoint import (
     TRANSPOSED,
+    Lock,
     holds_run,
     load_model,
     load_state,
+    lock_owner,
     save_model,
     save_state,
     snapshot,
@@ -504,6 +508,38 @@ def test_equal_weights_are_equal_files_that_the_library_reads(model, tmp_path):
     assert checkpoint.saved_loss(str(tmp_path / "a")) == 0.1 + 0.2, "to the last bit"
 
 
+@pytest.mark.parametrize("notes", [None, {"format": "pt"}, {"format": "pt", "val_loss": "1.5", "nanogpt_sha256": "0"}])
+def test_weights_without_a_checksum_of_ours_are_read(saved, model, notes):
+    path = saved / "model.safetensors"
+    save_file(load_file(path), path, metadata=notes)
+    assert_equal(model, load_model(str(saved))[0])
+    assert checkpoint.saved_loss(str(saved)) == (1.5 if notes and "val_loss" in notes else None)
+
+
+@pytest.mark.parametrize("kind", ["a number", "a name", "a shape", "a type", "a note"])
+def test_the_checksum_of_weights_is_of_numbers_names_shapes_types_and_notes(model, tmp_path, kind):
+    _, tensors = checkpoint.model_files(model)
+    checkpoint.write_model(str(tmp_path), {}, tensors, CharTokenizer(LETTERS), 8, 1.5)
+    path = tmp_path / "model.safetensors"
+    tensors, _ = checkpoint._load_noted(path)
+    with safe_open(path, "pt") as f:
+        notes = f.metadata()
+    name = "transformer.h.0.attn.c_attn.weight"
+    if kind == "a number":
+        tensors[name][3, 3] += 1e-6
+    if kind == "a name":
+        tensors["other"] = tensors.pop(name)
+    if kind == "a shape":
+        tensors[name] = tensors[name].reshape(-1)
+    if kind == "a type":
+        tensors[name] = tensors[name].view(torch.int32)
+    if kind == "a note":
+        notes["val_loss"] = "1.4"
+    save_file(tensors, path, metadata=notes)
+    with pytest.raises(UserError, match="is damaged, its checksum does not match"):
+        checkpoint._load_noted(path)
+
+
 def test_without_a_state_there_is_nothing_to_resume(tmp_path):
     refused(tmp_path, "holds no state.pt to resume from", load_state)
 
@@ -602,3 +638,44 @@ def test_a_model_that_cannot_be_written_leaves_the_old_one(saved, make_model, mo
         save_model(str(saved), make_model(seed=1), CharTokenizer(LETTERS))
     assert_equal(model, load_model(str(saved))[0])
     assert not [name for name in os.listdir(saved) if name.endswith(".tmp")]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# One run at a time
+
+
+def edit_owner(directory, **changes):
+    edit_json(directory / "run.lock", **changes)
+
+
+def test_a_lock_names_its_owner_and_the_machine_where_that_is_another(tmp_path):
+    with Lock() as first, Lock() as second:
+        first.take(str(tmp_path))
+        refused(tmp_path, f": process {os.getpid()} is training there; wait for it", second.take)
+        edit_owner(tmp_path, host="elsewhere", pid=7)
+        refused(tmp_path, ": process 7 on elsewhere is training there", second.take)
+        (tmp_path / "run.lock").write_text("")
+        refused(tmp_path, ": another process is training there", second.take)
+        first.release()
+        second.take(str(tmp_path))
+
+
+@pytest.mark.parametrize("changes", [{}, dict(host="elsewhere"), dict(pid=1)], ids=str)
+def test_the_lock_of_an_owner_that_crashed_is_free_whatever_machine_and_process_it_names(tmp_path, changes):
+    program = "import os, sys, checkpoint; lock = checkpoint.Lock(); lock.take(sys.argv[1]); os.kill(os.getpid(), 9)"
+    done = subprocess.run([sys.executable, "-c", program, str(tmp_path)], cwd=HERE)
+    assert done.returncode == -9 and lock_owner(str(tmp_path))["pid"] != os.getpid()
+    edit_owner(tmp_path, **changes)
+    with Lock() as lock:
+        lock.take(str(tmp_path))
+        assert lock_owner(str(tmp_path))["pid"] == os.getpid()
+
+
+def test_a_file_system_without_locks_is_told_and_used(tmp_path, monkeypatch, capsys):
+    def refuse(_):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(checkpoint, "_lock", refuse)
+    with Lock() as lock:
+        lock.take(str(tmp_path))
+    assert "its file system has no locks" in capsys.readouterr().out

@@ -211,6 +211,37 @@ def test_a_saving_that_fails_in_its_thread_ends_the_run_with_its_error(run, monk
     assert train.read_metrics("out/metrics.jsonl")[-1]["step"] == 20, "of the next saving, or the end"
 
 
+NO_MEMORY = [
+    MemoryError(),
+    torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of ..."),
+    RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    RuntimeError("MPS backend out of memory (MPS allocated: 5.00 GB, other allocations: 4.00 GB, max allowed: ..."),
+    RuntimeError("[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: ..."),
+    RuntimeError("[enforce fail at alloc_cpu.cpp:75] data. DefaultCPUAllocator: not enough memory: ..."),
+]
+
+
+@pytest.mark.parametrize("error", NO_MEMORY, ids=lambda error: str(error)[:24])
+def test_out_of_memory_is_one_line_that_names_what_to_lower(run, monkeypatch, error):
+    def full(*_):
+        raise error
+
+    monkeypatch.setattr(Learner, "step", full)
+    monkeypatch.setattr(train, "parse_options", lambda *_: (make_options(data="text.txt"), {"data", *TINY}))
+    with pytest.raises(UserError, match=r"^out of memory; lower --batch_size .* --gradient_checkpointing$"):
+        train.main([])
+
+
+def test_another_error_of_pytorch_is_no_lack_of_memory(run, monkeypatch):
+    def wrong(*_):
+        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+
+    monkeypatch.setattr(Learner, "step", wrong)
+    monkeypatch.setattr(train, "parse_options", lambda *_: (make_options(data="text.txt"), {"data", *TINY}))
+    with pytest.raises(RuntimeError, match="mat1 and mat2"):
+        train.main([])
+
+
 def test_what_began_compiled_goes_on_compiled_and_what_did_not_does_not(run, monkeypatch):
     compiled = []
     monkeypatch.setattr(torch, "compile", lambda model: compiled.append(1) or (lambda *args: model(*args)))
