@@ -213,6 +213,7 @@ def test_a_step_is_what_plain_pytorch_does(make_model):
 @needs_muon
 def test_a_step_of_a_modern_model_is_what_plain_pytorch_does(monkeypatch):
     monkeypatch.setattr(optim, "POLAR_EXPRESS", 5 * ((3.4445, -4.775, 2.0315),))  # torch.optim.Muon's polynomial
+    monkeypatch.setattr(optim, "multiplies_bfloat16", lambda device: True)  # and its number format
     learner = make_learner("modern", matrix_lr=0.02, weight_decay=0.1, grad_clip=0.5)
     batches, plain = make_batch(learner.options, steps=3), copy.deepcopy(learner.model)
     found = take_steps(learner, batches)
