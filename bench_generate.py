@@ -16,10 +16,10 @@ import torch
 
 from bench_peers import finished, measured, nanogpt_module, peers
 from checkpoint import load_model
-from data import prompt_tokens
 from draft import Draft
 from generate import Reader, Sampling, Speculation, beam_search, best_threads, generate, speculate, use_threads
 from lighten import lighten
+from tokenizer import prompt_tokens
 from utils import UserError, option
 
 HERE = os.path.dirname(os.path.abspath(__file__))

@@ -20,8 +20,9 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from data import load_data, prompt_tokens
+from data import load_data
 from plots import bigram_table, save_picture
+from tokenizer import prompt_tokens
 from utils import UserError, option, parse_options, run_command
 
 ADD = 1.0  # every pair counts as seen this often before we begin, so that nothing is ever impossible (Laplace)

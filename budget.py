@@ -284,7 +284,7 @@ def check_flags(options, given):
             raise UserError(f"--{name} {getattr(options, name)}: says what to plan for; add --plan, or leave it out")
     if options.plan and options.resume:
         raise UserError("--plan and --resume: a plan is of a run that has not begun; give one of the two")
-    for name in ("data", "init_from", "minutes"):
+    for name in ("data", "tokenizer", "field", "init_from", "minutes"):
         if options.vocab_size is not None and name in given:
             raise UserError(
                 f"--vocab_size {options.vocab_size} and --{name} {getattr(options, name)}: the first is for a plan "

@@ -31,9 +31,9 @@ from dataclasses import asdict, fields
 import torch
 from safetensors import SafetensorError, safe_open
 
-from data import load_tokenizer, save_tokenizer
 from model import GPT, GPTConfig
 from modern import Modern, ModernConfig
+from tokenizer import load_tokenizer, save_tokenizer
 from utils import UserError, missing_extra, write_atomically, write_json
 
 METRICS = "metrics.jsonl"
@@ -226,7 +226,7 @@ def load_model(path_or_name, block_size=None, dropout=None):
     elif os.path.isfile(path_or_name):
         (config, weights), tokenizer = _read_nanogpt(path_or_name), None
     elif path_or_name in HUB_NAMES:
-        config, weights, tokenizer = _read_directory(_find_on_hub(path_or_name))
+        config, weights, tokenizer = _read_directory(find_on_hub(path_or_name))
     else:
         raise UserError(
             f"{path_or_name}: no such file or directory, nor one of {', '.join(HUB_NAMES)}; "
@@ -343,18 +343,17 @@ def _read_nanogpt(path):
 
 def gpt2_tokenizer(model):
     """GPT-2's byte-pair encoding for weights that came alone, or None where the model has too few tokens for it."""
-    return load_tokenizer(_find_on_hub("gpt2")) if model.config.vocab_size >= 50257 else None
+    return load_tokenizer(find_on_hub("gpt2")) if model.config.vocab_size >= 50257 else None
 
 
-def _find_on_hub(name):
-    """The local directory of a published GPT-2, downloaded by huggingface_hub unless its cache has it."""
+def find_on_hub(name, files=("config.json", "model.safetensors", "tokenizer.json")):
+    """The local directory of a published GPT-2's files, downloaded by huggingface_hub unless its cache has them."""
     try:
         from huggingface_hub import snapshot_download
     except ImportError:
         raise missing_extra("huggingface_hub", f"loading '{name}' by name") from None
-    files = ["config.json", "model.safetensors", "tokenizer.json"]
     try:
-        return snapshot_download(HUB_NAMES[name], allow_patterns=files)
+        return snapshot_download(HUB_NAMES[name], allow_patterns=list(files))
     except Exception as error:  # offline shows as one of a dozen classes, from the hub's, requests' and the system's
         reason = type(error).__name__
         raise UserError(

@@ -18,7 +18,6 @@ import inspect
 import json
 import os
 import re
-import tempfile
 import textwrap
 from contextlib import suppress
 from dataclasses import dataclass
@@ -27,9 +26,9 @@ from typing import Optional
 import torch
 
 from checkpoint import METRICS, gpt2_tokenizer, load_model, load_state
-from data import CharTokenizer
 from model import GPT
 from modern import Modern
+from tokenizer import CharTokenizer
 from utils import UserError, option, parse_options, run_command, write_atomically
 
 SOURCES = os.path.join(os.path.dirname(os.path.abspath(__file__)), "page")
@@ -175,10 +174,7 @@ def tokenizer_spec(tokenizer, out_dir):
     """What page/tokenizer.js needs. Raises UserError for a kind of tokenizer that it is not written for."""
     if isinstance(tokenizer, CharTokenizer):
         return {"kind": "characters", "tokens": tokenizer.chars}
-    with tempfile.TemporaryDirectory() as directory:  # every tokenizer can say in one format what it is
-        tokenizer.save(directory)
-        with open(os.path.join(directory, "tokenizer.json"), encoding="utf-8") as f:
-            spec = json.load(f)
+    spec = tokenizer.spec()
     model, words, added = spec["model"], spec["pre_tokenizer"] or {}, spec["added_tokens"]
     strange = [spec["normalizer"], model.get("ignore_merges"), model.get("dropout")]
     strange += [model.get("continuing_subword_prefix"), model.get("end_of_word_suffix")]

@@ -12,9 +12,10 @@ from dataclasses import asdict, replace
 import torch
 
 from checkpoint import METRICS, gpt2_tokenizer, holds_run, load_model, load_state
-from data import UnknownCharacters, load_data, load_tokenizer
+from data import is_prepared, load_data
 from model import GPT, GPTConfig
 from modern import Modern, ModernConfig
+from tokenizer import OtherTokenizer, UnknownCharacters, check_name, load_tokenizer, tokenizer_hash
 from utils import UserError
 
 # What a modern model has for a default in place of TrainOptions'.
@@ -194,7 +195,10 @@ def begin(options, given, device, dtype):
 
 def settle(options, given, device, dtype, peak=None):
     """The settings and text of a new run. Returns (options, data). peak: as for choose_settings."""
-    data = load_data(options.data)
+    check_name(options.tokenizer)
+    if "tokenizer" in given and is_prepared(options.data):
+        raise UserError(f"--tokenizer {options.tokenizer}: {options.data} has tokens already; leave the flag out")
+    data = load_data(options.data, options.tokenizer, options.field)
     options = choose_settings(options, given, len(data.train), device, dtype, peak)
     data.check_length(options.block_size)
     return options, data
@@ -202,6 +206,8 @@ def settle(options, given, device, dtype, peak=None):
 
 def begin_from(options, given, device, dtype):
     """The model and text of a run that starts from the weights of --init_from. Returns (options, model, data)."""
+    if "tokenizer" in given:
+        raise UserError(f"--tokenizer {options.tokenizer}: the model has its own; leave the flag out")
     block_size = options.block_size if "block_size" in given else None
     dropout = options.dropout if "dropout" in given else FINE_TUNING["dropout"]
     model, tokenizer = load_model(options.init_from, block_size, dropout)
@@ -213,7 +219,12 @@ def begin_from(options, given, device, dtype):
     options = replace(options, **{name: value for name, value in found.items() if hasattr(options, name)})
     tokenizer = tokenizer or gpt2_tokenizer(model)
     try:
-        data = load_data(options.data, tokenizer)
+        data = load_data(options.data, tokenizer or "chars", options.field)
+    except OtherTokenizer as error:
+        raise UserError(
+            f"--data {error.path}: was prepared with another tokenizer than that of the model in {options.init_from}; "
+            f"prepare the text anew, with --tokenizer {options.init_from}"
+        ) from None
     except UnknownCharacters as error:
         raise UserError(
             f"--data {options.data}: has the character(s) {error.names}, which the model in {options.init_from} does "
@@ -234,7 +245,7 @@ def resume(options, given):
     """The settings, model and text of the run in out_dir. Returns (options, model, data, state)."""
     state = load_state(options.out_dir)
     for name in sorted(given - MAY_CHANGE):
-        old, new = state["options"][name], getattr(options, name)
+        old, new = state["options"].get(name, getattr(type(options), name)), getattr(options, name)
         if new != old:
             raise UserError(
                 f"--{name} {new}: this run began with {old}, and changing it would make it another run; "
@@ -250,7 +261,18 @@ def resume(options, given):
     ended_by_the_clock = state["progress"] == 1 and step < began_with["max_iters"]
     if options.minutes is not None and ended_by_the_clock and options.minutes <= began_with["minutes"] and not due:
         raise UserError(f"--resume: the run in {options.out_dir} has had its {options.minutes:g} minutes; give more")
-    data = load_data(options.data, load_tokenizer(options.out_dir))
+    tokenizer = load_tokenizer(options.out_dir)
+    if tokenizer is None or tokenizer_hash(tokenizer) != state.get("tokenizer", tokenizer_hash(tokenizer)):
+        path = os.path.join(options.out_dir, "tokenizer.json")
+        what = "is missing" if tokenizer is None else "is not the tokenizer this run began with"
+        raise UserError(f"{path}: {what}; put that back, or start anew with --fresh")
+    try:
+        data = load_data(options.data, tokenizer, options.field)
+    except OtherTokenizer as error:
+        raise UserError(
+            f"--data {error.path}: was prepared with another tokenizer than that of the run in {options.out_dir}; put "
+            f"back what it began with"
+        ) from None
     if data.fingerprint != state["fingerprint"]:
         raise UserError(f"--data {options.data}: is not the text this run began with; put that back to go on")
     return options, build_model(options, state["config"]["vocab_size"]), data, state

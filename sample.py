@@ -21,11 +21,11 @@ from typing import Optional
 import torch
 
 from checkpoint import gpt2_tokenizer, load_model
-from data import prompt_tokens
 from draft import Draft
 from generate import FEW, Reader, Sampling, Speculation, beam_search, best_threads, generate, speculate, use_threads
 from graphs import GraphReader
 from lighten import lighten
+from tokenizer import prompt_tokens, whole_characters
 from utils import UserError, option, parse_options, pick_device, pick_dtype, run_command
 
 LIGHT_ENOUGH = 4_000_000  # weights that a CPU holds in its cache in float32, where fewer bytes gain nothing
@@ -272,7 +272,8 @@ SURPRISE_COLOURS = (None, 230, 229, 222, 216, 210)
 def explain(prompt, scribe):
     """One text with the probability that the model gave to each token, at temperature 1 and with no other choice made.
 
-    One line a token; in a terminal also the text at the end, coloured by surprise: one shade deeper for each bit.
+    One line a token, a character of several tokens in the line of the last; in a terminal also the text at the end,
+    coloured by surprise: one shade deeper for each bit.
     """
 
     class Recorded(Sampling):
@@ -283,11 +284,11 @@ def explain(prompt, scribe):
     scribe.sampling = Recorded(**vars(scribe.sampling))
     idx = prompt_tokens(scribe.tokenizer, prompt).to(scribe.generator.device)
     pieces, ids = [], []
-    for _ in scribe.continued(idx, ids):
+    for piece in scribe.continued(idx, ids):
         if len(ids) > len(pieces):
             p = float(scribe.sampling.plain[0, ids[-1]])
-            pieces.append((scribe.tokenizer.decode(ids[-1:]), p))
-            write(f"{p:.4f}  {pieces[-1][0]!r}\n")
+            pieces.append((piece, p))
+            write(f"{p:.4f}  {piece!r}\n")
     if sys.stdout.isatty():
         coloured = (
             f"\x1b[48;5;{colour}m\x1b[30m{piece}\x1b[0m" if colour else piece
@@ -308,7 +309,7 @@ def search(scribe, idx):
     with use_threads(scribe.threads):
         found = beam_search(scribe.model, idx, options.max_new_tokens, options.num_beams, **ends)
     scribe.written, scribe.seconds = len(found[0].tokens), time.perf_counter() - start
-    texts = [tokenizer.decode(hypothesis.tokens) for hypothesis in found]
+    texts = [whole_characters(tokenizer.decode(hypothesis.tokens)) for hypothesis in found]
     return [text.split(options.stop)[0] if options.stop else text for text in texts]
 
 
@@ -331,7 +332,7 @@ class TextWriter:
         if self.stop and self.stop in text[self.printed :]:
             self.stopped = True
             return self._up_to(text, text.index(self.stop, self.printed))
-        end = len(text.rstrip("\ufffd"))
+        end = len(whole_characters(text))
         if self.stop:
             held = (n for n in range(len(self.stop) - 1, 0, -1) if text[:end].endswith(self.stop[:n]))
             end -= next(held, 0)
@@ -343,7 +344,7 @@ class TextWriter:
 
     def rest(self):
         """What is still held back when no more tokens come."""
-        return "" if self.stopped else self._up_to(self.tokenizer.decode(self.ids), None)
+        return "" if self.stopped else self._up_to(whole_characters(self.tokenizer.decode(self.ids)), None)
 
     def _up_to(self, text, end):
         piece = text[self.printed : end]

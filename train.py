@@ -40,7 +40,7 @@ from checkpoint import (
     torchrun_job,
     write_model,
 )
-from data import prompt_tokens, validation_loss
+from data import validation_loss
 from draft import Draft
 from generate import generate
 from optim import Learner, lr_share
@@ -54,6 +54,7 @@ from plan import (
     seconds_per_token,
     smaller_setting,
 )
+from tokenizer import KINDS, prompt_tokens, tokenizer_hash, whole_characters
 from utils import (
     STARTED,
     UserError,
@@ -79,7 +80,9 @@ class TrainOptions:
     """Every flag of train.py: its type, its default and its line of help."""
 
     # what it reads and writes
-    data: str = option("input.txt", "text file to train on (UTF-8)")
+    data: str = option("input.txt", "text to train on: a UTF-8 file, or any source that corpus.py and data.py list")
+    tokenizer: str = option("chars", f"{KINDS}; chars suits a small text, bpe:N a large one")
+    field: str = option("text", "field of .jsonl files, or column of tables, with the text")
     out_dir: str = option("out", "directory for the model, its metrics and its loss curve")
     resume: bool = option(False, "go on with the run in out_dir, with the settings it began with")
     fresh: bool = option(
@@ -219,6 +222,7 @@ class Run:
             options=asdict(self.options),
             config=asdict(self.model.config),
             fingerprint=self.data.fingerprint,
+            tokenizer=tokenizer_hash(self.data.tokenizer),
             progress=self.progress(),
             counters={name: getattr(self, name) for name in names},
             compiled=self.learner.compute is not self.learner.worker,
@@ -479,7 +483,7 @@ def sample_text(model, tokenizer, length, device):
     dice = torch.Generator(device).manual_seed(0)  # its own, so that a sample does not change the run
     ids = [int(token) for token in generate(model, idx, length, temperature=0.8, top_k=40, generator=dice)]
     model.train()
-    return tokenizer.decode(ids)
+    return whole_characters(tokenizer.decode(ids))
 
 
 def report(run, stop):

@@ -60,15 +60,24 @@ def option(default, help, at_least=None, above=None, below=None, choices=None):
     )
 
 
-def parse_options(cls, argv, description):
+def argument(help):
+    """A dataclass field that is given by its place on the command line, without a flag's name."""
+    return field(default=None, metadata=dict(help=help, positional=True))
+
+
+def parse_options(cls, argv, description, prog=None):
     """Read the flags in `argv` into an instance of the dataclass `cls`.
 
     Returns (options, given): the instance, and the set of names that were on the command line (the others hold their
     default). Raises UserError for an unknown flag or a value that does not fit.
+    prog: what the help calls the command, where that is more than the file.
     """
-    parser = _Parser(description=description, allow_abbrev=False)
+    parser = _Parser(description=description, allow_abbrev=False, prog=prog)
     types = typing.get_type_hints(cls)
     for f in fields(cls):
+        if f.metadata.get("positional"):
+            parser.add_argument(f.name, metavar=f.name.upper(), help=f.metadata["help"])
+            continue
         kind = _plain_type(types[f.name])
         help = f.metadata["help"]
         if f.default is not None:

@@ -97,7 +97,7 @@ async function setText(text, remember = true) {
   look();
 }
 
-/** As data.py's prompt_tokens: an empty text begins with a line break, or the first token there is. */
+/** As tokenizer.py's prompt_tokens: an empty text begins with a line break, or the first token there is. */
 function tokensOfNothing() {
   try {
     return tokenizer.encode("\n");

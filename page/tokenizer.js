@@ -1,6 +1,6 @@
 "use strict";
 /*
- * Text to tokens and back, as data.py does it: by characters, or by byte-pair encoding as in GPT-2.
+ * Text to tokens and back, as tokenizer.py does it: by characters, or by byte-pair encoding as in GPT-2.
  *
  *     tokenizer.encode(text)   the tokens; throws an Error that names the characters it does not know
  *     tokenizer.pieces(ids)    what each token adds to the text; all of them joined are the text

@@ -13,7 +13,8 @@ import torch.nn.functional as F
 import bigram
 import plots
 from bigram import ADD, Bigram, count_pairs, learn, write
-from data import CharTokenizer, load_data
+from data import load_data
+from tokenizer import CharTokenizer
 from utils import run_command
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))

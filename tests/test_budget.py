@@ -18,10 +18,10 @@ import modern as modern_module
 import train
 from budget import Place
 from checkpoint import save_model
-from data import CharTokenizer
 from model import GPT, GPTConfig
 from modern import Modern, ModernConfig
 from optim import Learner
+from tokenizer import CharTokenizer
 from utils import parse_options, run_command
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")

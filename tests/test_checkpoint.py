@@ -27,8 +27,8 @@ from checkpoint import (
     snapshot,
     state_files,
 )
-from data import CharTokenizer, LibraryTokenizer
 from model import GPT
+from tokenizer import CharTokenizer, LibraryTokenizer, save_tokenizer
 from utils import UserError, write_atomically, write_json
 
 HERE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -433,7 +433,7 @@ def test_another_pytorch_file_is_refused(tmp_path, content):
 
 
 def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(saved):
-    CharTokenizer(LETTERS + "k").save(str(saved))
+    save_tokenizer(str(saved), CharTokenizer(LETTERS + "k"), 8)
     refused(saved, "its tokenizer has 12 tokens, its model only 11")
 
 

@@ -26,11 +26,11 @@ import torch
 
 import bigram
 import checkpoint
-import data
 import sample
 import train
 import trigram
 import utils
+from tokenizer import LibraryTokenizer, prompt_tokens
 
 ROOT = Path(__file__).resolve().parent.parent
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "utf-8"}
@@ -452,7 +452,7 @@ def byte_pair_model(tmp_path_factory, text, make_model):
     directory = tmp_path_factory.mktemp("gpt2")
     bpe = tokenizers.ByteLevelBPETokenizer()
     bpe.train_from_iterator([text], vocab_size=400, show_progress=False)
-    tokenizer = data.LibraryTokenizer(tokenizers.Tokenizer.from_str(bpe.to_str()))
+    tokenizer = LibraryTokenizer(tokenizers.Tokenizer.from_str(bpe.to_str()))
     model = make_model(vocab_size=tokenizer.vocab_size, block_size=32)
     checkpoint.save_model(str(directory), model, tokenizer)
     return str(directory)
@@ -563,7 +563,7 @@ def test_beam_search_finds_a_likelier_text_than_greedy_and_best_first(write, fin
     model.eval()
 
     def log_prob(text):
-        ids = data.prompt_tokens(tokenizer, text[:-1])  # without the line break at the end
+        ids = prompt_tokens(tokenizer, text[:-1])  # without the line break at the end
         return -model(ids[:, :-1], ids[:, 1:])[1].item() * (ids.size(1) - 1)
 
     arguments = ["--prompt", "The ", "--max_new_tokens", 10]

@@ -1,28 +1,17 @@
 """data.py: every character comes back, no validation token is ever trained on, and every token is measured once."""
 
 import itertools
-import json
 import math
 from types import SimpleNamespace
 
 import pytest
-import tokenizers
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
-from data import (
-    Batches,
-    CharTokenizer,
-    LibraryTokenizer,
-    load_data,
-    load_text,
-    load_tokenizer,
-    prompt_tokens,
-    save_tokenizer,
-    validation_loss,
-    validation_windows,
-)
+import data as data_module
+from data import Batches, LargePermutation, ValidationBatches, load_data, load_text, validation_loss
+from tokenizer import train_bpe
 from utils import UserError
 
 TEXT = 'The "miller" said:\n\n  "Dry."\tÄpfel & Öl, naïve café — 3 € … 東京 🙂\r\n'
@@ -74,149 +63,18 @@ def test_a_missing_file_is_refused(tmp_path):
         load_text(str(tmp_path / "nowhere.txt"))
 
 
-def test_a_directory_is_refused(tmp_path):
-    with pytest.raises(UserError, match=r"cannot be read \(Is a directory"):
+def test_a_directory_without_a_text_is_refused(tmp_path):
+    with pytest.raises(UserError, match=r"holds no text; give a file"):
         load_text(str(tmp_path))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Tokenizing by characters
-
-
-@given(st.text(min_size=1))
-def test_any_text_comes_back_from_its_characters(text):
-    tokenizer = CharTokenizer.from_text(text)
-    ids = tokenizer.encode(text)
-    assert ids.dtype == torch.int64 and ids.shape == (len(text),)
-    assert tokenizer.decode(ids) == tokenizer.decode(ids.tolist()) == text
-
-
-@given(st.text(min_size=1))
-def test_the_vocabulary_is_exactly_the_characters_of_the_text(text):
-    tokenizer = CharTokenizer.from_text(text)
-    assert tokenizer.chars == sorted(set(text)) and tokenizer.vocab_size == len(set(text))
-
-
-def test_an_empty_text_is_no_tokens():
-    assert CharTokenizer("ab").encode("").shape == (0,)
-    assert CharTokenizer("ab").decode([]) == ""
-
-
-@pytest.mark.parametrize("strange", ["\0", "A", "c", "z", "é", "🙂", "\udc80"])
-def test_an_unknown_character_is_named(strange):
-    with pytest.raises(UserError) as refused:
-        CharTokenizer("aby").encode(f"a{strange}b")
-    assert f"{strange!r} (U+{ord(strange):04X})" in str(refused.value) and "'a'" not in str(refused.value)
-
-
-def test_many_unknown_characters_are_not_all_named():
-    with pytest.raises(UserError, match=r"\(U\+0034\) \.\.\.") as refused:
-        CharTokenizer("ab").encode("a0123456789")
-    assert "U+0035" not in str(refused.value)
-
-
-@given(st.text(min_size=1))
-@settings(max_examples=50)
-def test_the_tokenizers_library_reads_our_file_the_same_way(tmp_path_factory, text):
-    directory = tmp_path_factory.mktemp("tokenizer")
-    ours = CharTokenizer.from_text(text)
-    ours.save(str(directory))
-    theirs = tokenizers.Tokenizer.from_file(str(directory / "tokenizer.json"))
-    assert theirs.encode(text).ids == ours.encode(text).tolist()
-    assert theirs.decode(ours.encode(text).tolist()) == text
-    assert theirs.get_vocab_size() == ours.vocab_size
-
-
-def test_a_saved_character_tokenizer_is_read_back(tmp_path):
-    save_tokenizer(str(tmp_path), CharTokenizer.from_text(TEXT), 8)
-    read = load_tokenizer(str(tmp_path))
-    assert isinstance(read, CharTokenizer) and read.chars == sorted(set(TEXT))
-
-
-def test_a_character_tokenizer_in_another_order_is_read_back_too(tmp_path):
-    """Ours are in code-point order; somebody else's file need not be."""
-    CharTokenizer("abc").save(str(tmp_path))
-    path = tmp_path / "tokenizer.json"
-    spec = json.loads(path.read_text())
-    spec["model"]["vocab"] = {"c": 0, "a": 1, "b": 2}
-    path.write_text(json.dumps(spec))
-    read = load_tokenizer(str(tmp_path))
-    assert read.encode("abc").tolist() == [1, 2, 0] and read.decode([0, 1, 2]) == "cab"
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Tokenizing with the `tokenizers` library
+# The two splits
 
 
 @pytest.fixture(scope="module")
 def byte_pairs():
-    """A small byte-level byte-pair encoding of GPT-2's kind, trained on the spot."""
-    bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
-    bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bpe.decoder = tokenizers.decoders.ByteLevel()
-    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
-    trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=300, initial_alphabet=alphabet, special_tokens=["<|endoftext|>"], show_progress=False
-    )
-    bpe.train_from_iterator([TEXT * 20], trainer)
-    return bpe
-
-
-@given(st.text())
-def test_any_text_comes_back_from_its_byte_pairs(byte_pairs, text):
-    tokenizer = LibraryTokenizer(byte_pairs)
-    ids = tokenizer.encode(text)
-    assert ids.dtype == torch.int64 and tokenizer.decode(ids) == text
-
-
-def test_byte_pairs_are_fewer_than_bytes(byte_pairs):
-    assert len(LibraryTokenizer(byte_pairs).encode(TEXT)) < len(TEXT.encode())
-
-
-def test_special_tokens_come_back_as_text(byte_pairs):
-    tokenizer = LibraryTokenizer(byte_pairs)
-    assert tokenizer.decode(tokenizer.encode("a<|endoftext|>b")) == "a<|endoftext|>b"
-
-
-def test_a_saved_library_tokenizer_is_read_back(byte_pairs, tmp_path):
-    save_tokenizer(str(tmp_path), LibraryTokenizer(byte_pairs), 8)
-    read = load_tokenizer(str(tmp_path))
-    assert read.vocab_size == 300 and torch.equal(read.encode(TEXT), LibraryTokenizer(byte_pairs).encode(TEXT))
-
-
-@given(text=st.text())
-def test_gpt2s_older_pair_of_files_encodes_the_same(byte_pairs, tmp_path_factory, text):
-    directory = tmp_path_factory.mktemp("pair")
-    byte_pairs.model.save(str(directory))  # vocab.json and merges.txt
-    read = load_tokenizer(str(directory))
-    assert (
-        torch.equal(read.encode(text), LibraryTokenizer(byte_pairs).encode(text))
-        and read.decode(read.encode(text)) == text
-    )
-
-
-def test_a_file_that_cuts_or_pads_texts_does_so_no_longer(byte_pairs, tmp_path):
-    """Published tokenizer.json files often carry the truncation of their training; a text is not to be cut by it."""
-    copy = tokenizers.Tokenizer.from_str(byte_pairs.to_str())
-    copy.enable_truncation(max_length=4)
-    copy.enable_padding(length=64)
-    copy.save(str(tmp_path / "tokenizer.json"))
-    read = load_tokenizer(str(tmp_path))
-    assert read.decode(read.encode(TEXT)) == TEXT
-
-
-def test_a_directory_without_a_tokenizer_has_none(tmp_path):
-    assert load_tokenizer(str(tmp_path)) is None
-
-
-def test_an_empty_prompt_becomes_a_line_break():
-    assert prompt_tokens(CharTokenizer("\nab"), "").tolist() == [[0]]
-    assert prompt_tokens(CharTokenizer("ab"), "").tolist() == [[0]]  # where there is none, the first token
-    assert prompt_tokens(CharTokenizer("\nab"), "ba").tolist() == [[2, 1]]
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The two splits
+    return train_bpe([TEXT * 20], 300)
 
 
 @pytest.mark.parametrize("n", [11, 19, 20, 21, 99, 100, 1000, 12345])
@@ -229,7 +87,7 @@ def test_the_val_split_is_the_last_tenth_of_the_characters(tmp_path, n):
 
 
 def test_byte_pairs_are_split_at_the_same_character(byte_pairs, tmp_path):
-    data = load_data(write(tmp_path / "a.txt", TEXT * 10), LibraryTokenizer(byte_pairs))
+    data = load_data(write(tmp_path / "a.txt", TEXT * 10), byte_pairs)
     assert data.tokenizer.decode(data.val) == (TEXT * 10)[len(TEXT) * 9 :]
 
 
@@ -267,7 +125,7 @@ def test_bits_per_byte_by_hand(tmp_path):
 def test_bits_per_byte_do_not_depend_on_the_tokenizer(byte_pairs, tmp_path):
     """The same val text at the same total cost in nats, whatever the number of tokens it is divided by."""
     path = write(tmp_path / "a.txt", TEXT * 10)
-    by_characters, by_pairs = load_data(path), load_data(path, LibraryTokenizer(byte_pairs))
+    by_characters, by_pairs = load_data(path), load_data(path, byte_pairs)
     assert len(by_characters.val) != len(by_pairs.val)
     bits = [data.bits_per_byte(100 / len(data.val)) for data in (by_characters, by_pairs)]
     assert bits[0] == pytest.approx(bits[1]) == pytest.approx(100 / math.log(2) / len(TEXT.encode()))
@@ -302,6 +160,46 @@ def test_an_epoch_deals_every_window_once_and_none_overlap(n, block_size, seed):
         dealt = sorted(starts(batches, range(first, first + batches.windows_per_epoch)))
         assert all(b - a == block_size for a, b in zip(dealt, dealt[1:]))
     assert batches.windows_per_epoch >= max(1, n // block_size - 2), "little of the text is left out"
+
+
+@given(n=st.integers(1, 3000), seed=st.integers(0, 9))
+def test_a_large_permutation_deals_every_number_once(n, seed):
+    order = LargePermutation(n, torch.Generator().manual_seed(seed))
+    assert sorted(order[0:n].tolist()) == list(range(n))
+
+
+def test_a_large_permutation_asked_in_parts_is_the_same():
+    whole, parts = (LargePermutation(1000, torch.Generator().manual_seed(1)) for _ in range(2))
+    assert torch.equal(whole[0:1000], torch.cat([parts[i : i + 7] for i in range(0, 1000, 7)]))
+
+
+def test_a_large_permutation_is_mixed_well():
+    """Of 10^12 windows: a batch is spread over all of them, and neighbours lie as far apart as dice would have it."""
+    n = 10**12
+    order = LargePermutation(n, torch.Generator().manual_seed(1))[5 : 5 + 10_000].double() / n
+    assert len(order.unique()) == 10_000
+    shares = torch.histc(order, 10, 0, 1) / 10_000
+    assert shares.sub(0.1).abs().max() < 0.015, "three times the spread of dice"
+    assert order.diff().abs().mean() == pytest.approx(1 / 3, abs=0.01)
+    assert abs(torch.corrcoef(torch.stack([order[:-1], order[1:]]))[0, 1]) < 0.03
+
+
+@given(n=st.integers(30, 300), block_size=st.integers(1, 9), seed=st.integers(0, 5))
+def test_an_epoch_of_a_large_text_deals_every_window_once_too(n, block_size, seed):
+    kept, data_module.MOST_SHUFFLED = data_module.MOST_SHUFFLED, 1
+    try:
+        test_an_epoch_deals_every_window_once_and_none_overlap.hypothesis.inner_test(n, block_size, seed)
+    finally:
+        data_module.MOST_SHUFFLED = kept
+
+
+def test_the_order_of_a_small_text_is_that_of_a_shuffle_in_memory():
+    """So that a seed trains on what it always has."""
+    generator = torch.Generator().manual_seed(3 * 1_000_003 + 2)
+    n = (1000 - 1) // 8 - 1
+    offset = torch.randint(1000 - 1 - n * 8 + 1, (1,), generator=generator)
+    expected = offset + torch.randperm(n, generator=generator) * 8
+    assert starts(Batches(torch.arange(1000), 1, 8, seed=3), range(2 * n, 3 * n)) == expected.tolist()
 
 
 @pytest.mark.parametrize("n", [9, 10, 16, 17, 18, 24, 25, 32, 40, 100])
@@ -389,11 +287,12 @@ def test_gradients_accumulated_over_slices_equal_those_of_the_large_batch(make_m
 # The validation loss
 
 
-@given(n=st.integers(2, 60), block_size=st.integers(1, 20))
-def test_every_token_but_the_first_is_a_target_exactly_once(n, block_size):
+@given(n=st.integers(2, 60), block_size=st.integers(1, 20), batch_size=st.integers(1, 5))
+def test_every_token_but_the_first_is_a_target_exactly_once(n, block_size, batch_size):
     targets = []
-    for x, y in validation_windows(torch.arange(n), block_size):
-        assert torch.equal(y, x + 1) and x.size(1) <= block_size
+    batches = ValidationBatches(torch.arange(n), block_size, batch_size)
+    for x, y in (batches[i] for i in range(len(batches))):
+        assert torch.equal(y, x + 1) and x.size(1) <= block_size and 1 <= len(x) <= batch_size
         targets += y.flatten().tolist()
     assert targets == list(range(1, n))
 

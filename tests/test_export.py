@@ -17,9 +17,9 @@ import checkpoint
 import export
 import generate
 import utils
-from data import CharTokenizer, LibraryTokenizer
 from model import GPT, GPTConfig
 from modern import Modern, ModernConfig
+from tokenizer import CharTokenizer, LibraryTokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 CHARS = sorted(set("\n !\"&'(),-.:;<=>?/" + "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ" + "äöüß€🙂"))

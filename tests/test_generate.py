@@ -9,8 +9,8 @@ import torch
 from transformers import GPT2LMHeadModel
 
 from checkpoint import save_model
-from data import CharTokenizer
 from generate import KVCache, beam_search, generate, next_token_probs
+from tokenizer import CharTokenizer
 
 
 def tokens(batch, length, vocab_size=11, seed=0):

@@ -13,8 +13,8 @@ from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 import model as model_file
 from checkpoint import TRANSPOSED, save_model
-from data import CharTokenizer
 from model import GPT, GPTConfig, attention
+from tokenizer import CharTokenizer
 
 TEXT = 'The "miller" said:\n\n  "Dry."\tÄpfel & Öl, naïve café — 3 € … 東京 🙂\r\n'
 

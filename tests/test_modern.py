@@ -10,11 +10,11 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from checkpoint import load_model, save_model
-from data import CharTokenizer
 from generate import KVCache, beam_search, generate
 from model import GPT
 from modern import Modern, ModernConfig, norm, rotary_table, rotate
 from optim import Learner
+from tokenizer import CharTokenizer
 from train import TrainOptions
 from utils import UserError
 

@@ -20,7 +20,7 @@ import torch
 import checkpoint
 import utils
 from checkpoint import load_model, load_state, save_state, saved_loss, write_model
-from data import CharTokenizer
+from tokenizer import CharTokenizer
 from utils import UserError
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGKILL, no fork and no limits")

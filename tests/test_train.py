@@ -23,8 +23,9 @@ import plan
 import sample
 import train
 from checkpoint import save_model
-from data import CharTokenizer, load_data
+from data import load_data
 from optim import Learner
+from tokenizer import CharTokenizer
 from utils import UserError, parse_options, run_command
 
 CPU = torch.device("cpu")

@@ -11,7 +11,8 @@ import torch
 
 import trigram
 from bigram import Bigram, mean_surprise
-from data import CharTokenizer, load_data
+from data import load_data
+from tokenizer import CharTokenizer
 from trigram import Trigram, bucket, count_triples, count_voices, fit_weights, triples
 from utils import UserError, run_command
 

@@ -16,7 +16,7 @@ import bench
 import plan
 import sample
 import train
-from data import CharTokenizer, load_data, validation_loss
+from data import load_data, validation_loss
 from draft import ORDERS, Draft, hash_of, most_frequent
 from generate import (
     KVCache,
@@ -33,6 +33,7 @@ from generate import (
 )
 from graphs import GraphReader
 from lighten import lighten
+from tokenizer import CharTokenizer
 from utils import UserError
 
 needs_muon = pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="a modern model needs PyTorch 2.9's Muon")

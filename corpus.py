@@ -1,0 +1,278 @@
+"""Where a text comes from: files, directories, tables and datasets, read part by part.
+
+    for part in read("books/*.txt"): ...       # strings of at most some megabytes, which joined are the text
+
+    notes.txt               a UTF-8 text file, as it is (any name that does not end in one of the others)
+    pages.jsonl             a JSON object in each line, of which a field is the text of a document
+    pages.parquet           a table, of which a column is the same (needs pyarrow)
+    a directory, a glob     all .txt, .jsonl and .parquet files in it, in the order of their names
+    hf:NAME, hf:NAME:CONFIG a Hugging Face dataset, by name or the directory it lies in (needs datasets)
+
+The text of many documents is one after another, in order, with a line break between; empty ones are left out. Whatever
+the size of the source, only a part of it is in memory. What is wrong with it is told with the file and the place.
+"""
+
+import codecs
+import glob
+import json
+import os
+
+from utils import UserError, missing_extra
+
+KINDS = (".txt", ".jsonl", ".parquet")
+BLOCK = 2**20  # bytes that are read at once
+ROWS = 256  # rows of a table that are read at once
+PIECE = 2**20  # characters that are tokenized at once
+
+
+def read(source, field="text", count=lambda n: None):
+    """The text of a source, in parts: yields strings, which joined are the text.
+
+    count(n) is called as the text is read, with the bytes of the source that were passed. Raises UserError.
+    """
+    began = False
+    for document in _documents(source, field, count):
+        first = True
+        for part in document:
+            if part:
+                if began and first:
+                    yield "\n"
+                yield part
+                began, first = True, False
+
+
+def _documents(source, field, count):
+    """The documents of a source, each an iterator of strings."""
+    if source.startswith("hf:"):
+        yield from (iter((text,)) for text in _read_dataset(source, field))
+        return
+    for path in find_files(source):
+        if path.endswith(".jsonl"):
+            yield from (iter((text,)) for text in _read_jsonl(path, field, count))
+        elif path.endswith(".parquet"):
+            yield from (iter((text,)) for text in _read_parquet(path, field, count))
+        else:
+            yield _read_text(path, count)
+
+
+def find_files(source):
+    """The files of a source that is a file, a directory or a glob, in the order in which they are read."""
+    if os.path.isdir(source):
+        found = []
+        for directory, below, names in os.walk(source):
+            below[:] = sorted(name for name in below if not name.startswith("."))
+            found += [os.path.join(directory, name) for name in names if name.endswith(KINDS) and name[0] != "."]
+        found.sort(key=lambda path: path.split(os.sep))
+    elif os.path.lexists(source) or not glob.has_magic(source):
+        return [source]
+    else:
+        found = sorted(path for path in glob.glob(source, recursive=True) if os.path.isfile(path))
+    if not found:
+        raise UserError(f"{source}: holds no text; give a file, or where .txt, .jsonl or .parquet files are")
+    return found
+
+
+def size_of(source):
+    """The bytes of the files of a source; None for a dataset, of which nobody knows."""
+    if source.startswith("hf:"):
+        return None
+    return sum(os.path.getsize(path) for path in find_files(source) if os.path.exists(path))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# One file
+
+
+def _open(path):
+    try:
+        return open(path, "rb")
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); give a UTF-8 text file") from None
+
+
+def _read_text(path, count):
+    """The text of a UTF-8 file, in parts. A byte order mark at its beginning is no part of it."""
+    offset, rest = 0, b""  # of the file before `rest`, bytes that may be the first half of a character
+    with _open(path) as f:
+        while True:
+            try:
+                block = f.read(BLOCK)
+            except OSError as error:
+                raise UserError(f"{path}: cannot be read ({error.strerror}); give a UTF-8 text file") from None
+            if b"\0" in block:
+                place = offset + len(rest) + block.index(0)
+                raise UserError(f"{path}: is a binary file (a zero byte at offset {place}); give a UTF-8 text file")
+            raw = rest + block
+            if offset == 0 and raw.startswith(codecs.BOM_UTF8):
+                raw, offset = raw[3:], 3
+            try:
+                text, used = codecs.utf_8_decode(raw, "strict", not block)
+            except UnicodeDecodeError as error:
+                place = offset + error.start
+                raise UserError(f"{path}: is not UTF-8 (byte {place}); convert it to UTF-8 first") from None
+            offset, rest = offset + used, raw[used:]
+            count(len(block))
+            yield text
+            if not block:
+                return
+
+
+def _read_jsonl(path, field, count):
+    """A field of the JSON object in each line."""
+    with _open(path) as f:
+        for number, line in enumerate(f, 1):
+            count(len(line))
+            if line.isspace():
+                continue
+            place = f"{path}, line {number}"
+            try:
+                record = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+            except UnicodeDecodeError as error:
+                raise UserError(
+                    f"{place}: is not UTF-8 (byte {error.start} of the line); convert the file to UTF-8 first"
+                ) from None
+            except json.JSONDecodeError as error:
+                raise UserError(
+                    f"{place}: is not JSON ({error.msg} at column {error.colno}), it may be cut off; correct or remove "
+                    f"it"
+                ) from None
+            if not isinstance(record, dict):
+                raise UserError(f"{place}: is no JSON object; each line is to be one, with the text in a field")
+            yield _text_of(record, field, place)
+
+
+def _text_of(record, field, place):
+    """A field of a document; "" where it is null. Raises UserError."""
+    if field not in record:
+        raise UserError(f"{place}: has no field '{field}' but {_names(record)}; name the one with the text: --field")
+    text = record[field]
+    if text is None:
+        return ""
+    if not isinstance(text, str):
+        raise UserError(f"{place}: its field '{field}' is no text but {text!r:.60}; name another one: --field")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"{place}: holds {text[error.start]!a}, which is no character; correct or remove it") from None
+    return text
+
+
+def _names(names):
+    names = list(names)
+    return (", ".join(f"'{name}'" for name in names[:8]) + (" ..." if len(names) > 8 else "")) or "none"
+
+
+def _read_parquet(path, field, count):
+    """A column of a table, a few rows at a time."""
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError:
+        raise missing_extra("pyarrow", f"{path}") from None
+    faults = (pyarrow.ArrowException, OSError, UnicodeDecodeError)
+    remedy = "write or download it again"
+    with _open(path) as f:
+        try:
+            table = pyarrow.parquet.ParquetFile(f, buffer_size=BLOCK, pre_buffer=False, page_checksum_verification=True)
+        except faults as error:
+            raise UserError(f"{path}: is truncated or no parquet file ({_first_line(error)}); {remedy}") from None
+        if field not in table.schema_arrow.names:
+            columns = _names(table.schema_arrow.names)
+            raise UserError(f"{path}: has no column '{field}' but {columns}; name the one with the text: --field")
+        groups = table.num_row_groups
+        for group in range(groups):
+            rows, place = 0, f"{path}, row group {group + 1} of {groups}"
+            try:
+                for batch in table.iter_batches(ROWS, row_groups=[group], columns=[field], use_threads=False):
+                    for text in batch.column(0).to_pylist():
+                        rows += 1
+                        yield _text_of({field: text}, field, f"{place}, row {rows}")
+            except faults as error:
+                raise UserError(f"{place}, after row {rows}: cannot be read ({_first_line(error)}); {remedy}") from None
+            count(os.path.getsize(path) // groups)
+
+
+def _first_line(error):
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:150]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A dataset
+
+
+def _read_dataset(source, field):
+    """A field of each row of the train split of a Hugging Face dataset.
+
+    A dataset by name is downloaded once, into the library's cache, which is mapped into memory, not loaded.
+    """
+    try:
+        import datasets
+    except ImportError:
+        raise missing_extra("datasets", source) from None
+    name, config = source[3:], None
+    if not os.path.isdir(name) and ":" in name:
+        name, _, config = name.rpartition(":")
+    saved = ("state.json", "dataset_dict.json")  # what Dataset.save_to_disk leaves behind
+    try:
+        if any(os.path.exists(os.path.join(name, file)) for file in saved):
+            found = datasets.load_from_disk(name)
+        else:
+            found = datasets.load_dataset(name, config, streaming=os.path.isdir(name))
+        if isinstance(found, dict) and "train" not in found:
+            raise UserError(f"{source}: has no split 'train' but {_names(found)}; save the one to train on by itself")
+        rows = found["train"] if isinstance(found, dict) else found
+        for number, row in enumerate(rows, 1):
+            yield _text_of(row, field, f"{source}, row {number}")
+    except (UserError, GeneratorExit, KeyboardInterrupt):
+        raise
+    except Exception as error:  # no connection, no such name, no such config: each library below has errors of its own
+        raise UserError(
+            f"{source}: cannot be read ({type(error).__name__}: {_first_line(error)}); check the name and the "
+            f"connection, or give the directory that it lies in"
+        ) from None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Pieces to tokenize
+
+
+def pieces(parts, size=PIECE):
+    """Regroup the parts of a text into pieces of at most size characters: yields strings, which joined are the text.
+
+    They are cut between two words, so that byte-pair encoding finds the same tokens as in the text as a whole, unless
+    half a piece has no such place. Where they are cut depends on the text and size alone, not on the parts.
+    """
+    waiting, length = [], 0
+    for part in parts:
+        waiting.append(part)
+        length += len(part)
+        if length <= size + 1:  # the character after a cut is looked at too
+            continue
+        text, begin = "".join(waiting), 0
+        while len(text) - begin > size + 1:
+            end = _cut(text, begin + size // 2, begin + size)
+            yield text[begin:end]
+            begin = end
+        waiting, length = [text[begin:]], len(text) - begin
+    while length > size:
+        text = "".join(waiting)
+        end = _cut(text, size // 2, size)
+        yield text[:end]
+        waiting, length = [text[end:]], len(text) - end
+    if length:
+        yield "".join(waiting)
+
+
+def _cut(text, low, high):
+    """The last place from low + 1 to high, high < len(text), at which a text is best cut.
+
+    GPT-2's rule puts a space with the word after it, and keeps spaces that follow each other together. So the best is
+    behind a single line break, the next best before a single space.
+    """
+    for sign, behind in (("\n", 1), (" ", 0)):
+        place = text.rfind(sign, low + 1 - behind, high + 1 - behind)
+        while place > 0:
+            if not text[place - 1].isspace() and not text[place + 1 : place + 2].isspace():
+                return place + behind
+            place = text.rfind(sign, low + 1 - behind, place)
+    return high

@@ -1,0 +1,494 @@
+"""A text too large for memory: tokenized once, onto the disk, and read from there while a model is trained.
+
+    prepare("pages/*.jsonl", "tokens", "bpe:32000")      # python data.py prepare "pages/*.jsonl" tokens --tokenizer ...
+    train, val, tokenizer, val_bytes, fingerprint = open_prepared("tokens")
+    train[0:100], train.windows(starts, 257)             # tensors of tokens; the rest stays on the disk
+
+A prepared directory holds
+
+    train-00000.bin train-00001.bin ... val-00000.bin ...    the tokens of the two splits, in order
+    tokenizer.json  tokenizer_config.json                    the tokenizer
+    prepared.json                                            what was prepared, and which shards are finished
+
+A shard is a header of 128 bytes (`Header`) and its tokens, little-endian, two bytes each or, for a vocabulary above
+65,536, four. Its checksum stands in the header: `prepare` and `python data.py check` verify it, and so does every run
+before its first step. A shard is written beside its place and renamed, so that one that is there is whole.
+"""
+
+import collections
+import contextlib
+import hashlib
+import json
+import multiprocessing
+import os
+import struct
+import sys
+import threading
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from corpus import find_files, pieces, read, size_of
+from tokenizer import FILE, MOST_CHARACTERS, check_name, load_tokenizer, make_tokenizer, save_tokenizer, tokenizer_hash
+from utils import UserError, sync_directory, write_json
+
+MANIFEST = "prepared.json"
+MAGIC, VERSION = b"nanoGPT\n", 1
+HEADER = struct.Struct("<8sIIQQ32s32s32x")  # 128 bytes
+SHARD_TOKENS = 2**26  # 128 MiB of two bytes each: the most that a kill can cost
+SMALL = 2**22  # characters that one process tokenizes before another has started
+SPLITS = ("train", "val")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# One shard
+
+
+@dataclass
+class Header:
+    """What stands before the tokens of a shard."""
+
+    itemsize: int  # bytes a token: 2 or 4
+    count: int  # tokens
+    vocab_size: int
+    tokenizer: bytes  # the 32 bytes of tokenizer_hash
+    sha256: bytes  # of the tokens' bytes
+
+    def pack(self):
+        return HEADER.pack(MAGIC, VERSION, self.itemsize, self.count, self.vocab_size, self.tokenizer, self.sha256)
+
+    @classmethod
+    def read(cls, path):
+        """The header of the shard at path. Raises UserError where it is none, or its length is not what it says."""
+        try:
+            with open(path, "rb") as f:
+                raw, size = f.read(HEADER.size), os.fstat(f.fileno()).st_size
+        except OSError as error:
+            raise UserError(f"{path}: cannot be read ({error.strerror}); {_remedy(path)}") from None
+        if len(raw) < HEADER.size or raw[:8] != MAGIC:
+            raise UserError(f"{path}: is no shard of tokens, or its beginning is damaged; {_remedy(path)}")
+        _, version, *values = HEADER.unpack(raw)
+        if version != VERSION:
+            raise UserError(f"{path}: has version {version} of the format, not {VERSION}; {_remedy(path)}")
+        header = cls(*values)
+        expected = HEADER.size + header.itemsize * header.count
+        if header.itemsize not in (2, 4) or size != expected:
+            raise UserError(f"{path}: has {size:,} bytes in place of {expected:,}; {_remedy(path)}")
+        return header
+
+
+def _remedy(path):
+    """How to get a shard back: the command that made it, which makes anew what is damaged."""
+    directory = os.path.dirname(path) or "."
+    try:
+        with open(os.path.join(directory, MANIFEST), encoding="utf-8") as f:
+            m = json.load(f)
+        field = "" if m["field"] == "text" else f" --field {m['field']}"
+        command = f"python data.py prepare {m['source']} {directory} --tokenizer {m['tokenizer_name']}{field}"
+    except (OSError, ValueError, KeyError, TypeError):
+        command = "python data.py prepare SOURCE OUT"
+    return f"make it anew with: {command}"
+
+
+def verify(path, count=lambda n: None):
+    """Raises UserError where the tokens of a shard are not those that were written. count(n): bytes read so far."""
+    header, sha256 = Header.read(path), hashlib.sha256()
+    with open(path, "rb") as f:
+        f.seek(HEADER.size)
+        for block in iter(lambda: f.read(2**20), b""):
+            sha256.update(block)
+            count(len(block))
+    if sha256.digest() != header.sha256:
+        raise UserError(f"{path}: is damaged, its checksum does not match; {_remedy(path)}")
+
+
+def verify_all(paths):
+    """Raises UserError for the first damaged shard. Reads on all cores, with a bar where that takes seconds."""
+    total = sum(os.path.getsize(path) for path in paths)
+    with ThreadPoolExecutor() as threads, _bar(total, "checking", "B") as bar:
+        list(threads.map(lambda path: verify(path, bar.update), paths))
+
+
+def _bar(total, words, unit, initial=0):
+    """A bar with an ETA, which appears after a second."""
+    return tqdm(
+        total=total,
+        initial=initial,
+        desc=words,
+        unit=unit,
+        unit_scale=True,
+        dynamic_ncols=True,
+        delay=1,
+        leave=False,
+        mininterval=0.2 if sys.stderr.isatty() else 10.0,
+    )
+
+
+class ShardWriter:
+    """Writes one shard: beside its place first, renamed when it is whole. Raises OSError."""
+
+    def __init__(self, path, itemsize, vocab_size, tokenizer):
+        self.path, self.header = path, Header(itemsize, 0, vocab_size, tokenizer, bytes(32))
+        self.sha256, self.file = hashlib.sha256(), open(f"{path}.tmp", "wb")  # noqa: SIM115
+        self.file.write(self.header.pack())
+
+    def add(self, raw):
+        """Some more tokens, as the bytes that they are in the file."""
+        self.file.write(raw)
+        self.sha256.update(raw)
+        self.header.count += len(raw) // self.header.itemsize
+
+    def close(self):
+        self.header.sha256 = self.sha256.digest()
+        self.file.seek(0)
+        self.file.write(self.header.pack())
+        self.file.flush()
+        os.fsync(self.file.fileno())
+        self.file.close()
+        os.replace(self.file.name, self.path)
+        sync_directory(os.path.dirname(self.path))
+
+    def discard(self):
+        self.file.close()
+        with contextlib.suppress(OSError):
+            os.remove(self.file.name)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Many shards as one text
+
+
+class Shards:
+    """The tokens of shards, one after another, mapped into memory: what is not used takes none."""
+
+    nbytes = 0  # of memory that is taken for good; the system drops pages of a file as it needs to
+
+    def __init__(self, paths):
+        headers = [Header.read(path) for path in paths]
+        self.parts = [
+            np.memmap(path, dtype=f"<u{h.itemsize}", mode="r", offset=HEADER.size, shape=(h.count,))
+            for path, h in zip(paths, headers)
+            if h.count
+        ]
+        self.ends = np.cumsum([len(part) for part in self.parts])  # where in the text each part ends
+
+    def __len__(self):
+        return int(self.ends[-1]) if self.parts else 0
+
+    def __getitem__(self, where):
+        """A slice of neighbours, as a tensor (n,) int64."""
+        begin, end, step = where.indices(len(self))
+        if step != 1:
+            raise ValueError("shards are read token by token, in order")
+        return torch.from_numpy(self._read(begin, max(0, end - begin)))
+
+    def windows(self, starts, length):
+        """The `length` tokens from each of starts (n,) on: (n, length) int64."""
+        return torch.from_numpy(np.stack([self._read(start, length) for start in starts.tolist()]))
+
+    def long(self):
+        """All of them, in memory: for a table of counts."""
+        return self[:]
+
+    def _read(self, begin, length):
+        out, done = np.empty(length, dtype=np.int64), 0
+        k = int(np.searchsorted(self.ends, begin, side="right"))  # the part that holds token `begin`
+        while done < length:
+            part = self.parts[k]
+            at = begin + done - (int(self.ends[k]) - len(part))
+            piece = part[at : at + length - done]
+            out[done : done + len(piece)] = piece
+            done, k = done + len(piece), k + 1
+        return out
+
+
+def is_prepared(source):
+    """Is this a prepared directory, or shards of one?"""
+    return source.endswith(".bin") or os.path.isfile(os.path.join(source, MANIFEST))
+
+
+def open_prepared(source):
+    """The tokens of a prepared directory. Returns (train, val, tokenizer, val_bytes, fingerprint).
+
+    source: the directory, or a .bin file or a glob of such: then only these are trained on, and the val split is that
+    of the directory. Every checksum is verified, by the first process on a machine. Raises UserError where something
+    is missing, damaged or does not belong together; the message begins with the path.
+    """
+    chosen = None
+    if source.endswith(".bin"):
+        chosen = {os.path.basename(path) for path in find_files(source)}
+        source = os.path.dirname(source)
+        if not os.path.isfile(os.path.join(source, MANIFEST)):
+            raise UserError(f"{source or '.'}: has no {MANIFEST}, so its .bin files are none of ours; prepare the text")
+    manifest = _read_manifest(source)
+    if not manifest["complete"]:
+        raise UserError(f"{source}: is not prepared to the end; {_remedy(os.path.join(source, MANIFEST))}")
+    tokenizer = _saved_tokenizer(source)
+    if manifest["tokenizer"] != tokenizer_hash(tokenizer):
+        raise UserError(f"{os.path.join(source, FILE)}: is not the tokenizer of the shards; put that back")
+    paths, sums = {split: [] for split in SPLITS}, []
+    for shard in manifest["shards"]:
+        path = os.path.join(source, shard["file"])
+        header = Header.read(path)
+        if (header.count, header.sha256.hex(), header.tokenizer.hex()) != (
+            shard["tokens"],
+            shard["sha256"],
+            manifest["tokenizer"],
+        ):
+            raise UserError(f"{path}: is not the shard that was prepared here; {_remedy(path)}")
+        if shard["split"] == "val" or chosen is None or shard["file"] in chosen:
+            paths[shard["split"]].append(path)
+            sums.append(shard["sha256"])
+    if not paths["train"]:
+        raise UserError(f"{source}: none of its shards of the train split was chosen; name train-*.bin, or {source}")
+    if int(os.environ.get("LOCAL_RANK", "0")) == 0:
+        verify_all(paths["train"] + paths["val"])
+    fingerprint = hashlib.sha256("".join(sums).encode()).hexdigest()[:16]
+    return Shards(paths["train"]), Shards(paths["val"]), tokenizer, manifest["val_bytes"], fingerprint
+
+
+def _saved_tokenizer(directory):
+    tokenizer = load_tokenizer(directory)
+    if tokenizer is None:
+        raise UserError(f"{os.path.join(directory, FILE)}: is missing; {_remedy(os.path.join(directory, FILE))}")
+    return tokenizer
+
+
+def _read_manifest(directory):
+    path = os.path.join(directory, MANIFEST)
+    try:
+        with open(path, encoding="utf-8") as f:
+            manifest = json.load(f)
+        if manifest["format"] != VERSION:
+            raise UserError(f"{path}: has version {manifest['format']} of the format, not {VERSION}; prepare it anew")
+        manifest["shards"], manifest["complete"], manifest["tokenizer"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: cannot be read ({error!r}); delete the directory and prepare it anew") from None
+    return manifest
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Preparing
+
+
+def prepare(source, out, tokenizer_name="chars", field="text", processes=None, shard_tokens=SHARD_TOKENS):
+    """Tokenize a source into shards in the directory `out`, the last tenth of its characters as the val split.
+
+    It reads the source twice or three times: to measure it, to train byte pairs, and to tokenize. What was finished
+    before a kill is kept, and what is damaged made anew. Returns the manifest. Raises UserError and OSError.
+    """
+    check_name(tokenizer_name)
+    wanted = dict(
+        source=source, field=field, tokenizer_name=tokenizer_name, shard_tokens=shard_tokens, files=_files(source)
+    )
+    path = os.path.join(out, MANIFEST)
+    if os.path.exists(path):
+        manifest = _begun(out, wanted)
+    else:
+        if os.path.isdir(out) and os.listdir(out):
+            raise UserError(f"{out}: holds other files already; name a new directory")
+        measured, tokenizer = _measure(source, field, tokenizer_name)
+        os.makedirs(out, exist_ok=True)
+        save_tokenizer(out, tokenizer, 10**6)
+        manifest = dict(
+            format=VERSION,
+            **wanted,
+            **measured,
+            tokenizer=tokenizer_hash(tokenizer),
+            vocab_size=tokenizer.vocab_size,
+            shards=[],
+            complete=False,
+        )
+        write_json(path, manifest)
+    if not manifest["complete"]:
+        _tokenize(out, manifest, processes or os.cpu_count() or 1)
+    return manifest
+
+
+def _files(source):
+    """[[path, size, time of change]] of each file: what tells whether a source has changed. A dataset: []."""
+    if source.startswith("hf:"):
+        return []
+    stats = [(path, os.stat(path)) for path in find_files(source) if os.path.exists(path)]
+    return [[path, stat.st_size, stat.st_mtime_ns] for path, stat in stats]
+
+
+def _begun(out, wanted):
+    """The manifest in `out` of what was begun there, with the shards up to the first damaged one."""
+    manifest = _read_manifest(out)
+    for name, value in wanted.items():
+        if name == "files" and value != manifest[name]:
+            raise UserError(f"{wanted['source']}: has changed since {out} was prepared; name a new directory")
+        if value != manifest[name]:
+            flag = {"tokenizer_name": "--tokenizer", "source": "SOURCE"}.get(name, f"--{name}")
+            raise UserError(f"{flag} {value}: {out} was begun with {manifest[name]}; name a new directory")
+    if tokenizer_hash(_saved_tokenizer(out)) != manifest["tokenizer"]:
+        raise UserError(f"{os.path.join(out, FILE)}: is not the one it was begun with; name a new directory")
+    whole = []
+    for shard in manifest["shards"]:
+        path = os.path.join(out, shard["file"])
+        try:
+            verify(path)
+            if Header.read(path).sha256.hex() != shard["sha256"]:
+                raise UserError(f"{path}: is another shard")
+        except UserError as error:
+            print(f"{str(error).split(';')[0]}; making it and those after it anew")
+            break
+        whole.append(shard)
+    manifest["complete"] = manifest["complete"] and len(whole) == len(manifest["shards"])
+    manifest["shards"] = whole
+    return manifest
+
+
+def _measure(source, field, name):
+    """What must be known before the first token: ({characters, text_sha256}, tokenizer)."""
+    characters, sha256, chars, size = 0, hashlib.sha256(), set(), size_of(source)
+    with _bar(size, "reading", "B") as bar:
+        for part in read(source, field, bar.update):
+            characters += len(part)
+            sha256.update(part.encode())
+            if name == "chars":
+                chars.update(part)
+    if characters < 20:
+        raise UserError(f"{source}: has only {characters} character(s); a text needs at least 20 to train on")
+    cut = int(0.9 * characters)
+
+    def texts():
+        every = max(1, cut // MOST_CHARACTERS)
+        parts = _split(pieces(read(source, field)), cut)
+        train = (text for split, text in parts if split == "train")
+        return (text for i, text in enumerate(train) if i % every == 0)
+
+    return dict(characters=characters, text_sha256=sha256.hexdigest()), make_tokenizer(name, lambda: chars, texts)
+
+
+def _split(texts, cut):
+    """(split, text) of each of the strings; the one that holds character `cut`, where val begins, is divided."""
+    at = 0
+    for text in texts:
+        here = min(max(0, cut - at), len(text))
+        at += len(text)
+        if here > 0:
+            yield "train", text[:here]
+        if here < len(text):
+            yield "val", text[here:]
+
+
+def _tokenize(out, manifest, processes):
+    """Write the shards that are not finished."""
+    itemsize = 2 if manifest["vocab_size"] <= 2**16 else 4
+    total, shards = manifest["characters"], manifest["shards"]
+    done = shards[-1]["end"] if shards else 0  # characters of the text that are in finished shards
+    sha256, val_bytes = hashlib.sha256(), 0
+
+    def texts():
+        """What is left to do, as (split, end, text); the whole text is measured on the way."""
+        nonlocal val_bytes
+        end = 0
+        for split, text in _split(pieces(read(manifest["source"], manifest["field"])), int(0.9 * total)):
+            raw, end = text.encode(), end + len(text)
+            sha256.update(raw)
+            val_bytes += len(raw) if split == "val" else 0
+            if end > done:
+                yield split, end, text
+
+    writer, split_now = None, None
+
+    def finish(end):
+        nonlocal writer
+        writer.close()
+        h = writer.header
+        file = os.path.basename(writer.path)
+        shards.append(dict(file=file, split=split_now, tokens=h.count, sha256=h.sha256.hex(), end=end))
+        writer = None
+        write_json(os.path.join(out, MANIFEST), manifest)
+
+    try:
+        with _bar(total, "tokenizing", " characters", done) as bar, _Encoders(out, processes, total - done) as encoders:
+            last = done
+            for split, end, raw in encoders.run(texts(), itemsize):
+                if writer is not None and split != split_now:
+                    finish(last)
+                if writer is None:
+                    split_now = split
+                    number = sum(shard["split"] == split for shard in shards)
+                    path = os.path.join(out, f"{split}-{number:05d}.bin")
+                    tokenizer = bytes.fromhex(manifest["tokenizer"])
+                    writer = ShardWriter(path, itemsize, manifest["vocab_size"], tokenizer)
+                writer.add(raw)
+                bar.update(end - last)
+                last = end
+                if writer.header.count >= manifest["shard_tokens"]:
+                    finish(last)
+            if writer is not None:
+                finish(last)
+    finally:
+        if writer is not None:
+            writer.discard()
+    if sha256.hexdigest() != manifest["text_sha256"]:
+        raise UserError(f"{manifest['source']}: changed while it was read; delete {out} and begin again")
+    manifest.update(val_bytes=val_bytes, complete=True)
+    write_json(os.path.join(out, MANIFEST), manifest)
+
+
+class _Encoders:
+    """Processes that tokenize. A small text is done in this one, before another could have started."""
+
+    def __init__(self, directory, processes, characters):
+        self.pool, self.processes, self.directory = None, processes, directory
+        if processes > 1 and characters > SMALL:
+            context = multiprocessing.get_context("spawn")  # a fork would copy locks that other threads hold
+            self.pool = ProcessPoolExecutor(processes, context, _begin_worker, (directory,))
+
+    def run(self, texts, itemsize):
+        """(split, end, text) -> (split, end, bytes of tokens), in order; few of them are in memory at a time."""
+        if self.pool is None:
+            tokenizer = load_tokenizer(self.directory)
+            yield from ((split, end, _encode(tokenizer, text, itemsize)) for split, end, text in texts)
+            return
+        waiting = collections.deque()
+        try:
+            for split, end, text in texts:
+                waiting.append((split, end, self.pool.submit(_encode_in_worker, text, itemsize)))
+                if len(waiting) > 2 * self.processes:
+                    split, end, result = waiting.popleft()
+                    yield split, end, result.result()
+            while waiting:
+                split, end, result = waiting.popleft()
+                yield split, end, result.result()
+        except BrokenProcessPool:
+            raise UserError(
+                "--processes: one of them was killed, perhaps for want of memory; the same command with fewer goes on"
+            ) from None
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        if self.pool is not None:
+            self.pool.shutdown()
+
+
+def _encode(tokenizer, text, itemsize):
+    return tokenizer.encode(text).numpy().astype(f"<u{itemsize}").tobytes()
+
+
+def _begin_worker(directory):
+    """What a process does first: load the tokenizer, use one core, and end with its parent."""
+    import signal
+
+    global _tokenizer
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends this process
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    torch.set_num_threads(1)
+    parent = multiprocessing.parent_process()
+    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+    _tokenizer = load_tokenizer(directory)
+
+
+def _encode_in_worker(text, itemsize):
+    return _encode(_tokenizer, text, itemsize)

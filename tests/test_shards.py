@@ -1,0 +1,519 @@
+"""shards.py: a prepared text is the text, read from the disk; kills and damage cost nothing but time."""
+
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import shards
+from data import Batches, load_data, validation_loss
+from shards import Shards, is_prepared, open_prepared, prepare, verify
+from tokenizer import CharTokenizer, load_tokenizer
+from utils import UserError
+
+ROOT = Path(__file__).resolve().parent.parent
+WORDS = ["the", "miller", "of", "Merrow", "said", "naïve", "things", "to", "his", "東京", "cat,", "7", "times", "🙂."]
+
+
+def make_text(n, seed=1):
+    """n characters of words and lines."""
+    dice = random.Random(seed)
+    return "".join(dice.choice(WORDS) + dice.choice("   \n") for _ in range(n // 4))[:n]
+
+
+@pytest.fixture
+def small_pieces(monkeypatch):
+    """Pieces of 500 characters, so that a short text has many."""
+    monkeypatch.setattr(shards, "PIECE", 500)
+
+
+@pytest.fixture
+def source(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text(make_text(20_000), encoding="utf-8", newline="")
+    return str(path)
+
+
+def contents(directory):
+    return {name: (Path(directory) / name).read_bytes() for name in sorted(os.listdir(directory))}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A prepared text is the text
+
+
+@pytest.mark.parametrize("tokenizer", ["chars", "bytes", "bpe:300"])
+def test_a_prepared_text_has_the_tokens_of_the_text_in_memory(small_pieces, source, tmp_path, tokenizer):
+    prepare(source, str(tmp_path / "out"), tokenizer, processes=1, shard_tokens=3000)
+    on_disk, in_memory = load_data(str(tmp_path / "out")), load_data(source, load_tokenizer(str(tmp_path / "out")))
+    assert len(on_disk.train.parts) > 2
+    assert torch.equal(on_disk.train.long(), in_memory.train.long())
+    assert torch.equal(on_disk.val.long(), in_memory.val.long())
+    assert on_disk.val_bytes == in_memory.val_bytes
+    assert on_disk.tokenizer.vocab_size == in_memory.tokenizer.vocab_size
+    for step in (0, 1, 7, 300):
+        for a, b in zip(on_disk.batches(4, 16, 5).batch(step), in_memory.batches(4, 16, 5).batch(step)):
+            assert torch.equal(a, b)
+
+
+def test_the_text_comes_back_from_the_shards_and_val_is_its_last_tenth(small_pieces, source, tmp_path):
+    prepare(source, str(tmp_path / "out"), "bytes", processes=1, shard_tokens=3000)
+    data, text = load_data(str(tmp_path / "out")), make_text(20_000)
+    assert data.tokenizer.decode(data.train.long()) == text[:18_000]
+    assert data.tokenizer.decode(data.val.long()) == text[18_000:]
+    assert data.val_bytes == len(text[18_000:].encode())
+
+
+def test_documents_of_many_files_are_one_text(tmp_path):
+    (tmp_path / "in").mkdir()
+    for i in range(10):
+        (tmp_path / "in" / f"{i}.jsonl").write_text("".join(f'{{"body": "document {i}.{j}"}}\n' for j in range(20)))
+    prepare(str(tmp_path / "in"), str(tmp_path / "out"), field="body", processes=1)
+    in_memory = load_data(str(tmp_path / "in"), field="body")
+    assert torch.equal(load_data(str(tmp_path / "out")).train.long(), in_memory.train.long())
+
+
+def test_processes_write_the_same_files_as_one(source, tmp_path, monkeypatch):
+    monkeypatch.setattr(shards, "SMALL", 0)
+    monkeypatch.setattr(shards, "PIECE", 1000)
+    for n in (1, 2):
+        prepare(source, str(tmp_path / str(n)), "bpe:300", processes=n, shard_tokens=3000)
+    assert contents(tmp_path / "1") == contents(tmp_path / "2")
+
+
+@pytest.mark.parametrize("vocab_size, itemsize", [(65_536, 2), (65_537, 4)])
+def test_tokens_take_two_bytes_or_four(tmp_path, vocab_size, itemsize):
+    text = "".join(map(chr, range(0x20000, 0x20000 + vocab_size)))
+    (tmp_path / "text.txt").write_text(text, encoding="utf-8")
+    prepare(str(tmp_path / "text.txt"), str(tmp_path / "out"), processes=1)
+    data = load_data(str(tmp_path / "out"))
+    assert data.train.parts[0].dtype.itemsize == itemsize
+    assert torch.cat([data.train.long(), data.val.long()]).tolist() == list(range(vocab_size))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Reading, as properties
+
+
+def write_shards(directory, lengths):
+    """Shards of these lengths whose tokens are their own positions; returns the paths."""
+    paths, at = [], 0
+    for i, n in enumerate(lengths):
+        paths.append(str(directory / f"train-{i:05d}.bin"))
+        writer = shards.ShardWriter(paths[-1], 2, 65_536, bytes(32))
+        writer.add(np.arange(at, at + n).astype("<u2").tobytes())
+        writer.close()
+        at += n
+    return paths
+
+
+LENGTHS = st.lists(st.integers(0, 40), min_size=1, max_size=6).filter(lambda lengths: sum(lengths) > 1)
+
+
+@settings(max_examples=60)
+@given(lengths=LENGTHS, begin=st.integers(-5, 250), end=st.integers(-5, 250))
+def test_slices_are_those_of_one_tensor(tmp_path_factory, lengths, begin, end):
+    tokens = Shards(write_shards(tmp_path_factory.mktemp("shards"), lengths))
+    whole = torch.arange(sum(lengths))
+    assert len(tokens) == len(whole) and torch.equal(tokens.long(), whole)
+    assert torch.equal(tokens[begin:end], whole[begin:end])
+    assert torch.equal(tokens[begin:], whole[begin:]) and torch.equal(tokens[:end], whole[:end])
+
+
+@settings(max_examples=60)
+@given(lengths=LENGTHS, block_size=st.integers(1, 20), batch_size=st.integers(1, 9), step=st.integers(0, 50))
+def test_batches_of_shards_are_those_of_one_tensor(tmp_path_factory, lengths, block_size, batch_size, step):
+    if sum(lengths) <= block_size:
+        return
+    tokens = Shards(write_shards(tmp_path_factory.mktemp("shards"), lengths))
+    on_disk, in_memory = (Batches(t, batch_size, block_size, seed=2) for t in (tokens, torch.arange(sum(lengths))))
+    for a, b in zip(on_disk.batch(step), in_memory.batch(step)):
+        assert torch.equal(a, b) and a.dtype == torch.int64
+
+
+@settings(max_examples=20)
+@given(n=st.integers(30, 3000), block_size=st.integers(1, 8), tokenizer=st.sampled_from(["chars", "bytes"]))
+def test_no_token_of_val_is_ever_trained_on(tmp_path_factory, n, block_size, tokenizer):
+    """The val split has a character of its own, so that one of its tokens in a batch would show."""
+    directory = tmp_path_factory.mktemp("text")
+    cut = int(0.9 * n)
+    (directory / "text.txt").write_text("abc" * (cut // 3) + "a" * (cut % 3) + "X" * (n - cut))
+    prepare(str(directory / "text.txt"), str(directory / "out"), tokenizer, processes=1, shard_tokens=50)
+    data = load_data(str(directory / "out"))
+    forbidden = int(data.tokenizer.encode("X"))
+    assert (data.val.long() == forbidden).all() and len(data.val) == n - cut
+    assert not (data.train.long() == forbidden).any() and len(data.train) == cut
+    batches = data.batches(5, block_size, 1)
+    assert not any(
+        (t == forbidden).any() for step in range(batches.windows_per_epoch // 5 + 2) for t in batches.batch(step)
+    )
+
+
+def test_the_val_loss_of_shards_is_that_of_one_tensor(make_model, tmp_path):
+    model = make_model(vocab_size=100)
+    tokens = Shards(write_shards(tmp_path, [30, 1, 0, 69]))
+    for limit in (None, 2):
+        assert validation_loss(model, tokens, 2, limit) == validation_loss(model, torch.arange(100), 2, limit)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Kills
+
+
+class Killed(BaseException):
+    pass
+
+
+def test_killed_after_any_shard_it_goes_on_and_ends_with_the_same_files(small_pieces, source, tmp_path, monkeypatch):
+    out = str(tmp_path / "out")
+    prepare(source, str(tmp_path / "whole"), "bytes", processes=1, shard_tokens=3000)
+    renames, rename = [], os.replace
+
+    for last in range(1, 30):
+
+        def killed(a, b, last=last):
+            if len(renames) == last:
+                raise Killed
+            renames.append(b)
+            rename(a, b)
+
+        shutil.rmtree(out, ignore_errors=True)
+        renames.clear()
+        monkeypatch.setattr(os, "replace", killed)
+        try:
+            prepare(source, out, "bytes", processes=1, shard_tokens=3000)
+            break
+        except Killed:
+            pass
+        monkeypatch.setattr(os, "replace", rename)
+        prepare(source, out, "bytes", processes=1, shard_tokens=3000)
+        assert contents(out) == contents(tmp_path / "whole")
+    assert last > 12, "every rename had its turn"
+
+
+def test_finished_shards_are_not_made_again(small_pieces, source, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    prepare(source, str(out), "bytes", processes=1, shard_tokens=3000)
+    manifest = json.loads((out / "prepared.json").read_text())
+    whole = contents(out)
+    manifest.update(complete=False, shards=manifest["shards"][:4])
+    manifest.pop("val_bytes")
+    (out / "prepared.json").write_text(json.dumps(manifest))
+    encoded, encode = [], shards._encode
+    monkeypatch.setattr(shards, "_encode", lambda t, text, size: encoded.append(text) or encode(t, text, size))
+    prepare(source, str(out), "bytes", processes=1, shard_tokens=3000)
+    assert contents(out) == whole
+    assert "".join(encoded) == make_text(20_000)[manifest["shards"][-1]["end"] :]
+    encoded.clear()
+    prepare(source, str(out), "bytes", processes=1, shard_tokens=3000)
+    assert encoded == [] and contents(out) == whole
+
+
+def start(*args, cwd):
+    return subprocess.Popen(
+        [sys.executable, str(ROOT / "data.py"), *map(str, args)],
+        cwd=str(cwd),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )
+
+
+def descendants(pid):
+    """The processes below a process, itself included, that live now."""
+    found = [pid]
+    for task in Path(f"/proc/{pid}/task").glob("*/children"):
+        try:
+            found += [p for child in task.read_text().split() for p in descendants(int(child))]
+        except OSError:
+            pass
+    return found
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_kill_9_leaves_no_process_behind_and_the_same_command_goes_on(tmp_path):
+    text = make_text(200_000)
+    (tmp_path / "text.txt").write_text(text * 40, encoding="utf-8", newline="")  # 8 million characters
+    arguments = ["prepare", "text.txt", "out", "--tokenizer", "bpe:400", "--processes", 2, "--shard_tokens", 500_000]
+    process = start(*arguments, cwd=tmp_path)
+    while not (tmp_path / "out" / "train-00000.bin").exists():
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.01)
+    family = descendants(process.pid)
+    process.kill()
+    process.wait()
+    assert len(family) >= 3, "it had processes of its own"
+    for _ in range(1000):
+        left = [
+            pid
+            for pid in family
+            if Path(f"/proc/{pid}/stat").exists() and " Z " not in Path(f"/proc/{pid}/stat").read_text()
+        ]
+        if not left:
+            break
+        time.sleep(0.01)
+    assert not left
+    before = os.stat(tmp_path / "out" / "train-00000.bin").st_mtime_ns
+    out, _ = start(*arguments, cwd=tmp_path).communicate()
+    assert b"whole" in out, out
+    assert os.stat(tmp_path / "out" / "train-00000.bin").st_mtime_ns == before
+    data = load_data(str(tmp_path / "out"))
+    assert data.tokenizer.decode(data.val.long()) == (text * 40)[7_200_000:]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Damage and what does not belong together
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("prepared")
+    (directory / "text.txt").write_text(make_text(5000), encoding="utf-8", newline="")
+    prepare(str(directory / "text.txt"), str(directory / "out"), "bpe:280", processes=1, shard_tokens=500)
+    return directory
+
+
+@pytest.fixture
+def out(prepared, tmp_path):
+    shutil.copytree(prepared, tmp_path / "copy")
+    return tmp_path / "copy" / "out"
+
+
+def refused(source, *words):
+    with pytest.raises(UserError) as error:
+        open_prepared(str(source))
+    message = str(error.value)
+    assert "\n" not in message
+    for word in words:
+        assert word in message, message
+
+
+def damage(path, place, bits=1):
+    raw = bytearray(path.read_bytes())
+    raw[place] ^= bits
+    path.write_bytes(bytes(raw))
+
+
+@pytest.mark.parametrize("name", ["train-00000.bin", "train-00001.bin", "val-00000.bin"])
+@pytest.mark.parametrize("place", [0, 8, 12, 16, 24, 40, 80, 128, 129, -1])
+def test_a_bit_that_flipped_anywhere_is_found(out, name, place):
+    damage(out / name, place)
+    refused(out, str(out / name), "make it anew with: python data.py prepare", "--tokenizer bpe:280")
+
+
+def test_a_shard_cut_off_missing_or_of_another_text_is_refused(out):
+    raw = (out / "train-00001.bin").read_bytes()
+    for size in (0, 50, 128, len(raw) - 1):
+        (out / "train-00001.bin").write_bytes(raw[:size])
+        refused(out, str(out / "train-00001.bin"), "make it anew")
+    (out / "train-00001.bin").write_bytes((out / "train-00000.bin").read_bytes())
+    refused(out, "train-00001.bin: is not the shard that was prepared here")
+    (out / "train-00001.bin").unlink()
+    refused(out, "train-00001.bin: cannot be read (No such file or directory)", "make it anew")
+
+
+def test_the_remedy_repairs(prepared, out, capsys):
+    """prepare makes the damaged shard and those after it again."""
+    whole = contents(prepared / "out")
+    manifest = json.loads(whole["prepared.json"])
+    for name in ("train-00001.bin", "val-00000.bin"):
+        damage(out / name, 200)
+        prepare(manifest["source"], str(out), "bpe:280", processes=1, shard_tokens=500)
+        assert contents(out) == whole
+        assert f"{name}: is damaged" in capsys.readouterr().out
+
+
+def test_another_tokenizer_in_the_directory_is_refused(out):
+    shards.save_tokenizer(str(out), CharTokenizer("abc"), 8)
+    refused(out, "tokenizer.json: is not the tokenizer of the shards")
+    (out / "tokenizer.json").unlink()
+    refused(out, "tokenizer.json: is missing")
+
+
+def test_what_is_not_prepared_to_the_end_is_refused(out):
+    manifest = json.loads((out / "prepared.json").read_text())
+    (out / "prepared.json").write_text(json.dumps({**manifest, "complete": False}))
+    refused(out, "is not prepared to the end", "python data.py prepare")
+    for broken in ("", "{}", "[]", '{"format": 1}'):
+        (out / "prepared.json").write_text(broken)
+        refused(out, "prepared.json: cannot be read")
+    (out / "prepared.json").write_text('{"format": 2}')
+    refused(out, "has version 2 of the format")
+
+
+def test_some_shards_can_be_chosen(prepared):
+    out = prepared / "out"
+    train, val, *_, fingerprint = open_prepared(str(out / "train-0000[01].bin"))
+    whole, whole_val, *_, whole_fingerprint = open_prepared(str(out))
+    assert torch.equal(train.long(), whole.long()[: len(train)]) and len(train) < len(whole)
+    assert torch.equal(val.long(), whole_val.long()) and fingerprint != whole_fingerprint
+    refused(out / "val-00000.bin", "none of its shards of the train split was chosen")
+
+
+def test_bin_files_of_others_are_refused(tmp_path):
+    (tmp_path / "train.bin").write_bytes(bytes(1000))
+    refused(tmp_path / "train.bin", "has no prepared.json")
+    assert is_prepared(str(tmp_path / "train.bin")) and not is_prepared(str(tmp_path))
+    with pytest.raises(UserError, match="is no shard of tokens"):
+        verify(str(tmp_path / "train.bin"))
+
+
+def test_another_command_for_the_same_directory_is_refused(prepared, out):
+    manifest = json.loads((out / "prepared.json").read_text())
+    source, other = manifest["source"], out.parent / "other.txt"
+    other.write_text("another text " * 10)
+    for arguments, words in (
+        (dict(tokenizer_name="bytes"), "--tokenizer bytes: .* was begun with bpe:280; name a new directory"),
+        (dict(field="body"), "--field body: .* was begun with text"),
+        (dict(shard_tokens=7), "--shard_tokens 7: .* was begun with 500"),
+        (dict(source=str(other)), "SOURCE .*other.txt: .* was begun with"),
+    ):
+        with pytest.raises(UserError, match=words):
+            prepare(**{**dict(source=source, out=str(out), tokenizer_name="bpe:280", shard_tokens=500), **arguments})
+
+
+def test_a_source_that_has_changed_is_refused(tmp_path, source):
+    prepare(source, str(tmp_path / "out"), "bytes", processes=1)
+    Path(source).write_text("another text " * 10)
+    with pytest.raises(UserError, match="has changed since"):
+        prepare(source, str(tmp_path / "out"), "bytes", processes=1)
+
+
+def test_a_directory_with_other_files_is_left_alone(tmp_path, source):
+    with pytest.raises(UserError, match="holds other files already"):
+        prepare(source, str(tmp_path), "bytes")
+
+
+def test_a_bad_source_leaves_nothing_behind(tmp_path):
+    (tmp_path / "text.txt").write_bytes(b"abc" * 100 + b"\xff" + b"abc" * 100)
+    with pytest.raises(UserError, match=r"text.txt: is not UTF-8 \(byte 300\)"):
+        prepare(str(tmp_path / "text.txt"), str(tmp_path / "out"))
+    assert os.listdir(tmp_path) == ["text.txt"]
+
+
+@pytest.mark.parametrize("n", [0, 1, 19])
+def test_a_text_too_short_is_refused(tmp_path, n):
+    (tmp_path / "text.txt").write_text("a" * n)
+    with pytest.raises(UserError, match=f"has only {n} character"):
+        prepare(str(tmp_path / "text.txt"), str(tmp_path / "out"))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Memory
+
+
+class Memory:
+    """The most memory that a process and those below it had for themselves at any moment, in bytes (PSS, unshared
+    and anonymous pages: what a mapped file holds can be dropped)."""
+
+    def __init__(self, pid):
+        self.pid, self.most, self.stopped = pid, 0, threading.Event()
+        self.thread = threading.Thread(target=self._watch)
+        self.thread.start()
+
+    def _watch(self):
+        while not self.stopped.wait(0.05):
+            total = 0
+            for pid in descendants(self.pid):
+                try:
+                    lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+                except OSError:
+                    continue
+                total += sum(1024 * int(line.split()[1]) for line in lines if line.startswith("Pss_Anon:"))
+            self.most = max(self.most, total)
+
+    def stop(self):
+        self.stopped.set()
+        self.thread.join()
+        return self.most
+
+
+def measured(script, *args, cwd):
+    """Run a command; returns its peak of memory. It must succeed."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / script), *map(str, args)],
+        cwd=str(cwd),
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
+    memory = Memory(process.pid)
+    out, _ = process.communicate()
+    most = memory.stop()
+    assert process.returncode == 0, out.decode()
+    return most
+
+
+def write_large(path, n):
+    """A text of about n bytes, in documents of which no two are the same."""
+    paragraph, dice = make_text(100_000), random.Random(1)
+    with open(path, "w", encoding="utf-8", newline="") as f:
+        while f.tell() < n:
+            begin = dice.randrange(90_000)
+            document = paragraph[begin : begin + dice.randrange(10_000)] + f" {dice.random()}"
+            f.write(json.dumps({"text": document}, ensure_ascii=False) + "\n")
+
+
+TRAIN = [
+    "--data",
+    "out",
+    "--out_dir",
+    "run",
+    "--device",
+    "cpu",
+    "--dtype",
+    "float32",
+    "--compile",
+    "False",
+    "--n_layer",
+    "1",
+    "--n_head",
+    "2",
+    "--n_embd",
+    "32",
+    "--block_size",
+    "64",
+    "--batch_size",
+    "8",
+    "--max_iters",
+    "20",
+    "--eval_interval",
+    "10",
+    "--eval_iters",
+    "5",
+]
+
+
+def prepare_and_train(directory, n):
+    directory.mkdir()
+    write_large(directory / "text.jsonl", n)
+    arguments = ["prepare", "text.jsonl", "out", "--tokenizer", "bpe:1000", "--processes", 2]
+    return [measured("data.py", *arguments, cwd=directory), measured("train.py", *TRAIN, cwd=directory)]
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_memory_does_not_grow_with_the_text(tmp_path):
+    """The long test in small: 24 MB more text, and hardly more memory."""
+    small, large = prepare_and_train(tmp_path / "small", 8_000_000), prepare_and_train(tmp_path / "large", 32_000_000)
+    growth = [(b - a) / 1e6 for a, b in zip(small, large)]
+    assert growth[0] < 60 and growth[1] < 20, (small, large)
+
+
+@pytest.mark.long
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_a_text_of_1_gb_is_prepared_and_trained_on_within_one_and_a_half_gb(tmp_path):
+    prepared, trained = prepare_and_train(tmp_path / "large", 1_000_000_000)
+    print(f"prepare: {prepared / 1e6:.0f} MB; train: {trained / 1e6:.0f} MB")
+    assert max(prepared, trained) < 1.5e9
