@@ -126,15 +126,14 @@ def _read_jsonl(path, field, count):
                 continue
             place = f"{path}, line {number}"
             try:
-                record = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+                record = json.loads(line.rstrip(b"\r\n").decode("utf-8-sig" if number == 1 else "utf-8"))
             except UnicodeDecodeError as error:
                 raise UserError(
                     f"{place}: is not UTF-8 (byte {error.start} of the line); convert the file to UTF-8 first"
                 ) from None
             except json.JSONDecodeError as error:
                 raise UserError(
-                    f"{place}: is not JSON ({error.msg} at column {error.colno}), it may be cut off; correct or remove "
-                    f"it"
+                    f"{place}: is not JSON ({error.msg}: column {error.colno}), it may be cut off; correct or remove it"
                 ) from None
             if not isinstance(record, dict):
                 raise UserError(f"{place}: is no JSON object; each line is to be one, with the text in a field")

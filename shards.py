@@ -32,7 +32,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from corpus import find_files, pieces, read, size_of
+from corpus import PIECE, find_files, pieces, read, size_of
 from tokenizer import FILE, MOST_CHARACTERS, check_name, load_tokenizer, make_tokenizer, save_tokenizer, tokenizer_hash
 from utils import UserError, sync_directory, write_json
 
@@ -234,11 +234,14 @@ def open_prepared(source):
     for shard in manifest["shards"]:
         path = os.path.join(source, shard["file"])
         header = Header.read(path)
-        if (header.count, header.sha256.hex(), header.tokenizer.hex()) != (
+        expected = Header(
+            header.itemsize,
             shard["tokens"],
-            shard["sha256"],
-            manifest["tokenizer"],
-        ):
+            tokenizer.vocab_size,
+            bytes.fromhex(manifest["tokenizer"]),
+            bytes.fromhex(shard["sha256"]),
+        )
+        if header != expected:
             raise UserError(f"{path}: is not the shard that was prepared here; {_remedy(path)}")
         if shard["split"] == "val" or chosen is None or shard["file"] in chosen:
             paths[shard["split"]].append(path)
@@ -289,7 +292,9 @@ def prepare(source, out, tokenizer_name="chars", field="text", processes=None, s
     if os.path.exists(path):
         manifest = _begun(out, wanted)
     else:
-        if os.path.isdir(out) and os.listdir(out):
+        ours = {FILE, "tokenizer_config.json"}  # written before the manifest
+        names = os.listdir(out) if os.path.isdir(out) else []
+        if any(name.replace(".tmp", "") not in {*ours, MANIFEST} for name in names):
             raise UserError(f"{out}: holds other files already; name a new directory")
         measured, tokenizer = _measure(source, field, tokenizer_name)
         os.makedirs(out, exist_ok=True)
@@ -305,7 +310,7 @@ def prepare(source, out, tokenizer_name="chars", field="text", processes=None, s
         )
         write_json(path, manifest)
     if not manifest["complete"]:
-        _tokenize(out, manifest, processes or os.cpu_count() or 1)
+        _tokenize(out, manifest, processes)
     return manifest
 
 
@@ -359,7 +364,7 @@ def _measure(source, field, name):
 
     def texts():
         every = max(1, cut // MOST_CHARACTERS)
-        parts = _split(pieces(read(source, field)), cut)
+        parts = _split(pieces(read(source, field), PIECE), cut)
         train = (text for split, text in parts if split == "train")
         return (text for i, text in enumerate(train) if i % every == 0)
 
@@ -389,7 +394,7 @@ def _tokenize(out, manifest, processes):
         """What is left to do, as (split, end, text); the whole text is measured on the way."""
         nonlocal val_bytes
         end = 0
-        for split, text in _split(pieces(read(manifest["source"], manifest["field"])), int(0.9 * total)):
+        for split, text in _split(pieces(read(manifest["source"], manifest["field"]), PIECE), int(0.9 * total)):
             raw, end = text.encode(), end + len(text)
             sha256.update(raw)
             val_bytes += len(raw) if split == "val" else 0
@@ -439,10 +444,11 @@ class _Encoders:
     """Processes that tokenize. A small text is done in this one, before another could have started."""
 
     def __init__(self, directory, processes, characters):
-        self.pool, self.processes, self.directory = None, processes, directory
-        if processes > 1 and characters > SMALL:
+        self.pool, self.directory = None, directory
+        self.processes = processes or (os.cpu_count() or 1 if characters > SMALL else 1)
+        if self.processes > 1:
             context = multiprocessing.get_context("spawn")  # a fork would copy locks that other threads hold
-            self.pool = ProcessPoolExecutor(processes, context, _begin_worker, (directory,))
+            self.pool = ProcessPoolExecutor(self.processes, context, _begin_worker, (directory,))
 
     def run(self, texts, itemsize):
         """(split, end, text) -> (split, end, bytes of tokens), in order; few of them are in memory at a time."""

@@ -159,7 +159,7 @@ def test_a_zero_byte_in_the_middle_is_told_with_its_place(tmp_path):
 
 
 LINES = [
-    (b'{"text": "a"', "is not JSON (Expecting ',' delimiter at column 13), it may be cut off"),
+    (b'{"text": "a"', "is not JSON (Expecting ',' delimiter: column 13), it may be cut off"),
     (b'{"text": "a', "is not JSON (Unterminated string"),
     (b"[1]", "is no JSON object"),
     (b'{"body": 1}', "has no field 'text' but 'body'"),

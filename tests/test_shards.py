@@ -1,8 +1,10 @@
 """shards.py: a prepared text is the text, read from the disk; kills and damage cost nothing but time."""
 
+import contextlib
 import json
 import os
 import random
+import shlex
 import shutil
 import subprocess
 import sys
@@ -85,7 +87,6 @@ def test_documents_of_many_files_are_one_text(tmp_path):
 
 
 def test_processes_write_the_same_files_as_one(source, tmp_path, monkeypatch):
-    monkeypatch.setattr(shards, "SMALL", 0)
     monkeypatch.setattr(shards, "PIECE", 1000)
     for n in (1, 2):
         prepare(source, str(tmp_path / str(n)), "bpe:300", processes=n, shard_tokens=3000)
@@ -230,22 +231,27 @@ def start(*args, cwd):
     )
 
 
+def alive(pid):
+    try:
+        return " Z " not in Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return False
+
+
 def descendants(pid):
     """The processes below a process, itself included, that live now."""
     found = [pid]
     for task in Path(f"/proc/{pid}/task").glob("*/children"):
-        try:
+        with contextlib.suppress(OSError):
             found += [p for child in task.read_text().split() for p in descendants(int(child))]
-        except OSError:
-            pass
     return found
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 def test_kill_9_leaves_no_process_behind_and_the_same_command_goes_on(tmp_path):
     text = make_text(200_000)
-    (tmp_path / "text.txt").write_text(text * 40, encoding="utf-8", newline="")  # 8 million characters
-    arguments = ["prepare", "text.txt", "out", "--tokenizer", "bpe:400", "--processes", 2, "--shard_tokens", 500_000]
+    (tmp_path / "text.txt").write_text(text * 20, encoding="utf-8", newline="")  # 4 million characters
+    arguments = ["prepare", "text.txt", "out", "--tokenizer", "bpe:400", "--processes", 2, "--shard_tokens", 100_000]
     process = start(*arguments, cwd=tmp_path)
     while not (tmp_path / "out" / "train-00000.bin").exists():
         assert process.poll() is None, process.communicate()
@@ -269,7 +275,7 @@ def test_kill_9_leaves_no_process_behind_and_the_same_command_goes_on(tmp_path):
     assert b"whole" in out, out
     assert os.stat(tmp_path / "out" / "train-00000.bin").st_mtime_ns == before
     data = load_data(str(tmp_path / "out"))
-    assert data.tokenizer.decode(data.val.long()) == (text * 40)[7_200_000:]
+    assert data.tokenizer.decode(data.val.long()) == (text * 20)[3_600_000:]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -280,7 +286,9 @@ def test_kill_9_leaves_no_process_behind_and_the_same_command_goes_on(tmp_path):
 def prepared(tmp_path_factory):
     directory = tmp_path_factory.mktemp("prepared")
     (directory / "text.txt").write_text(make_text(5000), encoding="utf-8", newline="")
-    prepare(str(directory / "text.txt"), str(directory / "out"), "bpe:280", processes=1, shard_tokens=500)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shards, "PIECE", 500)
+        prepare(str(directory / "text.txt"), str(directory / "out"), "bpe:280", processes=1, shard_tokens=500)
     return directory
 
 
@@ -323,7 +331,7 @@ def test_a_shard_cut_off_missing_or_of_another_text_is_refused(out):
     refused(out, "train-00001.bin: cannot be read (No such file or directory)", "make it anew")
 
 
-def test_the_remedy_repairs(prepared, out, capsys):
+def test_the_remedy_repairs(small_pieces, prepared, out, capsys):
     """prepare makes the damaged shard and those after it again."""
     whole = contents(prepared / "out")
     manifest = json.loads(whole["prepared.json"])
@@ -414,8 +422,8 @@ def test_a_text_too_short_is_refused(tmp_path, n):
 
 
 class Memory:
-    """The most memory that a process and those below it had for themselves at any moment, in bytes (PSS, unshared
-    and anonymous pages: what a mapped file holds can be dropped)."""
+    """The most memory that a process and those below it had for themselves at any moment, in bytes: anonymous pages,
+    as those of a mapped file can be dropped."""
 
     def __init__(self, pid):
         self.pid, self.most, self.stopped = pid, 0, threading.Event()
@@ -423,14 +431,14 @@ class Memory:
         self.thread.start()
 
     def _watch(self):
-        while not self.stopped.wait(0.05):
+        while not self.stopped.wait(0.1):
             total = 0
             for pid in descendants(self.pid):
                 try:
-                    lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+                    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
                 except OSError:
                     continue
-                total += sum(1024 * int(line.split()[1]) for line in lines if line.startswith("Pss_Anon:"))
+                total += sum(1024 * int(line.split()[1]) for line in lines if line.startswith("RssAnon:"))
             self.most = max(self.most, total)
 
     def stop(self):
@@ -466,34 +474,10 @@ def write_large(path, n):
             f.write(json.dumps({"text": document}, ensure_ascii=False) + "\n")
 
 
-TRAIN = [
-    "--data",
-    "out",
-    "--out_dir",
-    "run",
-    "--device",
-    "cpu",
-    "--dtype",
-    "float32",
-    "--compile",
-    "False",
-    "--n_layer",
-    "1",
-    "--n_head",
-    "2",
-    "--n_embd",
-    "32",
-    "--block_size",
-    "64",
-    "--batch_size",
-    "8",
-    "--max_iters",
-    "20",
-    "--eval_interval",
-    "10",
-    "--eval_iters",
-    "5",
-]
+TRAIN = shlex.split(
+    """--data out --out_dir run --device cpu --dtype float32 --compile False --n_layer 1 --n_head 2 --n_embd 32
+    --block_size 64 --batch_size 8 --max_iters 20 --eval_interval 10 --eval_iters 5"""
+)
 
 
 def prepare_and_train(directory, n):
@@ -505,8 +489,8 @@ def prepare_and_train(directory, n):
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 def test_memory_does_not_grow_with_the_text(tmp_path):
-    """The long test in small: 24 MB more text, and hardly more memory."""
-    small, large = prepare_and_train(tmp_path / "small", 8_000_000), prepare_and_train(tmp_path / "large", 32_000_000)
+    """The long test in small: 15 MB more text, and hardly more memory."""
+    small, large = prepare_and_train(tmp_path / "small", 5_000_000), prepare_and_train(tmp_path / "large", 20_000_000)
     growth = [(b - a) / 1e6 for a, b in zip(small, large)]
     assert growth[0] < 60 and growth[1] < 20, (small, large)
 
