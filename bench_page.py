@@ -19,8 +19,8 @@ import torch
 
 import export
 from checkpoint import load_model
-from data import CharTokenizer
 from model import GPT, GPTConfig
+from tokenizer import CharTokenizer
 from utils import UserError, option
 
 NEW_TOKENS = 600  # more than two windows of the default model

@@ -115,7 +115,7 @@ def report(data, model, options):
 
 def main(argv):
     options, _ = parse_options(BigramOptions, argv, "Chapter 1: count which character follows which.")
-    data = load_data(options.data)
+    data = load_data(options.data, "chars")
     V = data.tokenizer.vocab_size
     if V > MOST_CHARS:
         raise UserError(f"--data {options.data}: has {V} different characters, too many for a table; use train.py")

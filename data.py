@@ -23,7 +23,7 @@ import torch
 
 from corpus import pieces, read
 from shards import SHARD_TOKENS, is_prepared, open_prepared, prepare
-from tokenizer import KINDS, OtherTokenizer, make_tokenizer, tokenizer_hash
+from tokenizer import KINDS, OtherTokenizer, check_name, make_tokenizer, tokenizer_hash
 from utils import UserError, argument, option, parse_options, run_command
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -68,14 +68,17 @@ def load_text(source, field="text"):
     return text
 
 
-def load_data(source, tokenizer="chars", field="text"):
+def load_data(source, tokenizer=None, field="text"):
     """Read a text, tokenize it and split off the last tenth; or open one that was prepared.
 
-    tokenizer: a name (tokenizer.KINDS), or a tokenizer that the tokens must be of. A prepared text has its own, and
-    needs none. Raises UserError.
+    tokenizer: a name (tokenizer.KINDS), or a tokenizer. None: characters, or what the text was prepared with. Raises
+    UserError.
     """
     if is_prepared(source):
         return load_prepared(source, tokenizer)
+    tokenizer = "chars" if tokenizer is None else tokenizer
+    if isinstance(tokenizer, str):
+        check_name(tokenizer)
     text = load_text(source, field)
     cut = int(0.9 * len(text))
     if isinstance(tokenizer, str):
@@ -93,7 +96,9 @@ def load_prepared(source, tokenizer):
         data = TextData(*open_prepared(source))
     except UserError as error:
         raise UserError(f"--data {error}") from None
-    if not isinstance(tokenizer, str) and tokenizer_hash(tokenizer) != tokenizer_hash(data.tokenizer):
+    if isinstance(tokenizer, str):
+        raise UserError(f"--data {source}: is in tokens already; give the text itself, or no --tokenizer")
+    if tokenizer is not None and tokenizer_hash(tokenizer) != tokenizer_hash(data.tokenizer):
         raise OtherTokenizer(source)
     if len(data.train) < 2 or len(data.val) < 2:
         raise UserError(f"--data {source}: has too few tokens to train on; prepare a longer text")

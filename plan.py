@@ -12,10 +12,10 @@ from dataclasses import asdict, replace
 import torch
 
 from checkpoint import METRICS, gpt2_tokenizer, holds_run, load_model, load_state
-from data import is_prepared, load_data
+from data import load_data
 from model import GPT, GPTConfig
 from modern import Modern, ModernConfig
-from tokenizer import OtherTokenizer, UnknownCharacters, check_name, load_tokenizer, tokenizer_hash
+from tokenizer import OtherTokenizer, UnknownCharacters, load_tokenizer, tokenizer_hash
 from utils import UserError
 
 # What a modern model has for a default in place of TrainOptions'.
@@ -195,9 +195,6 @@ def begin(options, given, device, dtype):
 
 def settle(options, given, device, dtype, peak=None):
     """The settings and text of a new run. Returns (options, data). peak: as for choose_settings."""
-    check_name(options.tokenizer)
-    if "tokenizer" in given and is_prepared(options.data):
-        raise UserError(f"--tokenizer {options.tokenizer}: {options.data} has tokens already; leave the flag out")
     data = load_data(options.data, options.tokenizer, options.field)
     options = choose_settings(options, given, len(data.train), device, dtype, peak)
     data.check_length(options.block_size)
@@ -219,7 +216,7 @@ def begin_from(options, given, device, dtype):
     options = replace(options, **{name: value for name, value in found.items() if hasattr(options, name)})
     tokenizer = tokenizer or gpt2_tokenizer(model)
     try:
-        data = load_data(options.data, tokenizer or "chars", options.field)
+        data = load_data(options.data, tokenizer, options.field)
     except OtherTokenizer as error:
         raise UserError(
             f"--data {error.path}: was prepared with another tokenizer than that of the model in {options.init_from}; "

@@ -190,10 +190,6 @@ class Shards:
         """The `length` tokens from each of starts (n,) on: (n, length) int64."""
         return torch.from_numpy(np.stack([self._read(start, length) for start in starts.tolist()]))
 
-    def long(self):
-        """All of them, in memory: for a table of counts."""
-        return self[:]
-
     def _read(self, begin, length):
         out, done = np.empty(length, dtype=np.int64), 0
         k = int(np.searchsorted(self.ends, begin, side="right"))  # the part that holds token `begin`
@@ -221,9 +217,10 @@ def open_prepared(source):
     chosen = None
     if source.endswith(".bin"):
         chosen = {os.path.basename(path) for path in find_files(source)}
-        source = os.path.dirname(source)
-        if not os.path.isfile(os.path.join(source, MANIFEST)):
-            raise UserError(f"{source or '.'}: has no {MANIFEST}, so its .bin files are none of ours; prepare the text")
+        directory = os.path.dirname(source)
+        if not os.path.isfile(os.path.join(directory, MANIFEST)):
+            raise UserError(f"{source}: has no {MANIFEST} beside it, as `python data.py prepare` writes; give the text")
+        source = directory
     manifest = _read_manifest(source)
     if not manifest["complete"]:
         raise UserError(f"{source}: is not prepared to the end; {_remedy(os.path.join(source, MANIFEST))}")

@@ -81,7 +81,7 @@ class TrainOptions:
 
     # what it reads and writes
     data: str = option("input.txt", "text to train on: a UTF-8 file, or any source that corpus.py and data.py list")
-    tokenizer: str = option("chars", f"{KINDS}; chars suits a small text, bpe:N a large one")
+    tokenizer: Optional[str] = option(None, f"{KINDS} (default: chars, which suits a small text)")
     field: str = option("text", "field of .jsonl files, or column of tables, with the text")
     out_dir: str = option("out", "directory for the model, its metrics and its loss curve")
     resume: bool = option(False, "go on with the run in out_dir, with the settings it began with")

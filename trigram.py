@@ -138,7 +138,7 @@ def fit_weights(said, buckets):
 
 def main(argv):
     options, _ = parse_options(TrigramOptions, argv, "Chapter 2: count which character follows which two.")
-    data = load_data(options.data)
+    data = load_data(options.data, "chars")
     V = data.tokenizer.vocab_size
     print(f"counting {len(data.train) - 2:,} triples of {V} characters, fitting weights on the last tenth of them")
     model = Trigram.from_tokens(data.train, V)

@@ -19,8 +19,8 @@ from browser import Browser, NoChromium, find_chromium
 import export
 import plots
 from checkpoint import METRICS, load_model
-from data import prompt_tokens
 from generate import generate
+from tokenizer import prompt_tokens
 from utils import UserError, option, parse_options, run_command
 
 HERE = Path(__file__).resolve().parent

@@ -622,9 +622,13 @@ def test_sampling_works_in_bfloat16(write):
 BAD_TRAINING = [
     ("--data missing.txt", "--data missing.txt: cannot be read (No such file"),
     ("--data empty.txt", "--data empty.txt: is empty"),
-    ("--data binary.bin", "--data binary.bin: is a binary file"),
+    ("--data binary.dat", "--data binary.dat: is a binary file (a zero byte at offset 4)"),
+    ("--data binary.bin", "--data binary.bin: has no prepared.json beside it"),
     ("--data latin1.txt", "--data latin1.txt: is not UTF-8"),
-    ("--data .", "--data .: cannot be read"),
+    ("--data .", "--data ./latin1.txt: is not UTF-8 (byte 4)"),
+    ("--data *.jsonl", "--data *.jsonl: holds no text"),
+    ("--tokenizer bpe:100", "--tokenizer bpe:100: wants bpe: and a number of tokens of at least 256"),
+    ("--tokenizer nowhere", "--tokenizer nowhere: there is no such thing"),
     ("--data one.txt", "--data one.txt: has only 1 character"),
     ("--data short.txt", "--block_size 16: the training text has only 13 tokens"),
     ("--block_size 100000", "--block_size 100000: the training text has only"),
@@ -701,7 +705,8 @@ def inputs(finished, tmp_path):
     """tmp_path with good and bad input files in it."""
     shutil.copy(str(finished.cwd / "text.txt"), str(tmp_path))
     (tmp_path / "empty.txt").write_bytes(b"")
-    (tmp_path / "binary.bin").write_bytes(b"text\0\1\2" * 100)
+    for name in ("binary.bin", "binary.dat"):
+        (tmp_path / name).write_bytes(b"text\0\1\2" * 100)
     (tmp_path / "latin1.txt").write_bytes("Straße".encode("latin-1") * 100)
     (tmp_path / "one.txt").write_bytes(b"x")
     (tmp_path / "short.txt").write_bytes(b"abcdefghijklmno")
@@ -825,6 +830,7 @@ SHRINK = {
     "bigram.py": "--steps 5 --max_new_tokens 20",
     "trigram.py": "--max_new_tokens 20",
     "export.py": "",
+    "data.py": "",
 }
 OPTIONS = {"train.py": train.TrainOptions, "sample.py": sample.SampleOptions}
 OPTIONS.update({"bigram.py": bigram.BigramOptions, "trigram.py": trigram.TrigramOptions})
@@ -863,6 +869,8 @@ def test_readme_commands(tmp_path):
     shutil.copytree(str(ROOT / "page"), str(tmp_path / "page"))
     whole = (ROOT / "input.txt").read_text(encoding="utf-8")
     (tmp_path / "input.txt").write_text(whole[:10_000] + "".join(sorted(set(whole))), encoding="utf-8")
+    (tmp_path / "pages").mkdir()
+    (tmp_path / "pages" / "a.jsonl").write_text(json.dumps({"text": whole[:10_000]}), encoding="utf-8")
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     steps, ran = {}, []
     for line in code_blocks(ROOT / "README.md", "bash"):

@@ -7,9 +7,9 @@ from transformers import GPT2LMHeadModel
 
 import inside
 from checkpoint import save_model
-from data import CharTokenizer
 from lighten import lighten
 from modern import Modern, ModernConfig
+from tokenizer import CharTokenizer
 
 SIZES = dict(block_size=16, vocab_size=11, n_layer=3, n_head=4, n_embd=32)
 

@@ -1,4 +1,4 @@
-"""shards.py: a prepared text is the text, read from the disk; kills and damage cost nothing but time."""
+"""shards.py and `data.py prepare`: a prepared text is the text, read from the disk; kills and damage cost nothing but time."""
 
 import contextlib
 import json
@@ -17,8 +17,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_cli import assert_refused, command  # noqa: F401
+from test_cli import contents as all_contents
 
+import bigram
+import data
+import sample
 import shards
+import train
 from data import Batches, load_data, validation_loss
 from shards import Shards, is_prepared, open_prepared, prepare, verify
 from tokenizer import CharTokenizer, load_tokenizer
@@ -60,8 +66,8 @@ def test_a_prepared_text_has_the_tokens_of_the_text_in_memory(small_pieces, sour
     prepare(source, str(tmp_path / "out"), tokenizer, processes=1, shard_tokens=3000)
     on_disk, in_memory = load_data(str(tmp_path / "out")), load_data(source, load_tokenizer(str(tmp_path / "out")))
     assert len(on_disk.train.parts) > 2
-    assert torch.equal(on_disk.train.long(), in_memory.train.long())
-    assert torch.equal(on_disk.val.long(), in_memory.val.long())
+    assert torch.equal(on_disk.train[:], in_memory.train.long())
+    assert torch.equal(on_disk.val[:], in_memory.val.long())
     assert on_disk.val_bytes == in_memory.val_bytes
     assert on_disk.tokenizer.vocab_size == in_memory.tokenizer.vocab_size
     for step in (0, 1, 7, 300):
@@ -72,8 +78,8 @@ def test_a_prepared_text_has_the_tokens_of_the_text_in_memory(small_pieces, sour
 def test_the_text_comes_back_from_the_shards_and_val_is_its_last_tenth(small_pieces, source, tmp_path):
     prepare(source, str(tmp_path / "out"), "bytes", processes=1, shard_tokens=3000)
     data, text = load_data(str(tmp_path / "out")), make_text(20_000)
-    assert data.tokenizer.decode(data.train.long()) == text[:18_000]
-    assert data.tokenizer.decode(data.val.long()) == text[18_000:]
+    assert data.tokenizer.decode(data.train[:]) == text[:18_000]
+    assert data.tokenizer.decode(data.val[:]) == text[18_000:]
     assert data.val_bytes == len(text[18_000:].encode())
 
 
@@ -83,7 +89,7 @@ def test_documents_of_many_files_are_one_text(tmp_path):
         (tmp_path / "in" / f"{i}.jsonl").write_text("".join(f'{{"body": "document {i}.{j}"}}\n' for j in range(20)))
     prepare(str(tmp_path / "in"), str(tmp_path / "out"), field="body", processes=1)
     in_memory = load_data(str(tmp_path / "in"), field="body")
-    assert torch.equal(load_data(str(tmp_path / "out")).train.long(), in_memory.train.long())
+    assert torch.equal(load_data(str(tmp_path / "out")).train[:], in_memory.train.long())
 
 
 def test_processes_write_the_same_files_as_one(source, tmp_path, monkeypatch):
@@ -100,7 +106,7 @@ def test_tokens_take_two_bytes_or_four(tmp_path, vocab_size, itemsize):
     prepare(str(tmp_path / "text.txt"), str(tmp_path / "out"), processes=1)
     data = load_data(str(tmp_path / "out"))
     assert data.train.parts[0].dtype.itemsize == itemsize
-    assert torch.cat([data.train.long(), data.val.long()]).tolist() == list(range(vocab_size))
+    assert torch.cat([data.train[:], data.val[:]]).tolist() == list(range(vocab_size))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -127,7 +133,7 @@ LENGTHS = st.lists(st.integers(0, 40), min_size=1, max_size=6).filter(lambda len
 def test_slices_are_those_of_one_tensor(tmp_path_factory, lengths, begin, end):
     tokens = Shards(write_shards(tmp_path_factory.mktemp("shards"), lengths))
     whole = torch.arange(sum(lengths))
-    assert len(tokens) == len(whole) and torch.equal(tokens.long(), whole)
+    assert len(tokens) == len(whole) and torch.equal(tokens[:], whole)
     assert torch.equal(tokens[begin:end], whole[begin:end])
     assert torch.equal(tokens[begin:], whole[begin:]) and torch.equal(tokens[:end], whole[:end])
 
@@ -153,8 +159,8 @@ def test_no_token_of_val_is_ever_trained_on(tmp_path_factory, n, block_size, tok
     prepare(str(directory / "text.txt"), str(directory / "out"), tokenizer, processes=1, shard_tokens=50)
     data = load_data(str(directory / "out"))
     forbidden = int(data.tokenizer.encode("X"))
-    assert (data.val.long() == forbidden).all() and len(data.val) == n - cut
-    assert not (data.train.long() == forbidden).any() and len(data.train) == cut
+    assert (data.val[:] == forbidden).all() and len(data.val) == n - cut
+    assert not (data.train[:] == forbidden).any() and len(data.train) == cut
     batches = data.batches(5, block_size, 1)
     assert not any(
         (t == forbidden).any() for step in range(batches.windows_per_epoch // 5 + 2) for t in batches.batch(step)
@@ -275,7 +281,7 @@ def test_kill_9_leaves_no_process_behind_and_the_same_command_goes_on(tmp_path):
     assert b"whole" in out, out
     assert os.stat(tmp_path / "out" / "train-00000.bin").st_mtime_ns == before
     data = load_data(str(tmp_path / "out"))
-    assert data.tokenizer.decode(data.val.long()) == (text * 20)[3_600_000:]
+    assert data.tokenizer.decode(data.val[:]) == (text * 20)[3_600_000:]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -364,14 +370,14 @@ def test_some_shards_can_be_chosen(prepared):
     out = prepared / "out"
     train, val, *_, fingerprint = open_prepared(str(out / "train-0000[01].bin"))
     whole, whole_val, *_, whole_fingerprint = open_prepared(str(out))
-    assert torch.equal(train.long(), whole.long()[: len(train)]) and len(train) < len(whole)
-    assert torch.equal(val.long(), whole_val.long()) and fingerprint != whole_fingerprint
+    assert torch.equal(train[:], whole[:][: len(train)]) and len(train) < len(whole)
+    assert torch.equal(val[:], whole_val[:]) and fingerprint != whole_fingerprint
     refused(out / "val-00000.bin", "none of its shards of the train split was chosen")
 
 
 def test_bin_files_of_others_are_refused(tmp_path):
     (tmp_path / "train.bin").write_bytes(bytes(1000))
-    refused(tmp_path / "train.bin", "has no prepared.json")
+    refused(tmp_path / "train.bin", "train.bin: has no prepared.json beside it")
     assert is_prepared(str(tmp_path / "train.bin")) and not is_prepared(str(tmp_path))
     with pytest.raises(UserError, match="is no shard of tokens"):
         verify(str(tmp_path / "train.bin"))
@@ -415,6 +421,126 @@ def test_a_text_too_short_is_refused(tmp_path, n):
     (tmp_path / "text.txt").write_text("a" * n)
     with pytest.raises(UserError, match=f"has only {n} character"):
         prepare(str(tmp_path / "text.txt"), str(tmp_path / "out"))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The commands
+
+
+TINY = shlex.split(
+    """--device cpu --dtype float32 --compile False --n_layer 1 --n_head 2 --n_embd 16 --block_size 16 --batch_size 4
+    --max_iters 12 --eval_interval 6 --eval_iters 3 --dropout 0.1"""
+)
+
+
+@pytest.fixture
+def text(tmp_path):
+    (tmp_path / "text.txt").write_text(make_text(20_000), encoding="utf-8", newline="")
+
+
+def ran(result):
+    assert result.status == 0, result
+    return result.out
+
+
+@pytest.mark.parametrize("tokenizer", ["chars", "bytes", "bpe:300"])
+def test_training_on_a_prepared_text_ends_in_the_weights_of_training_on_the_text(command, text, tokenizer):  # noqa: F811
+    out = ran(command(data, "prepare", "text.txt", "tokens", "--tokenizer", tokenizer, "--shard_tokens", 3000))
+    assert "tokens: whole;" in out and "python train.py --data tokens" in out
+    assert ran(command(data, "check", "tokens")) == out.splitlines()[0] + "\n"
+    ran(command(train, "--data", "text.txt", "--tokenizer", tokenizer, "--out_dir", "in-memory", *TINY))
+    ran(command(train, "--data", "tokens", "--out_dir", "on-disk", *TINY))
+    for name in ("model.safetensors", "tokenizer.json", "tokenizer_config.json", "draft.safetensors"):
+        assert Path("in-memory", name).read_bytes() == Path("on-disk", name).read_bytes(), name
+    losses = [
+        [m.get("val_loss") for m in train.read_metrics(f"{run}/metrics.jsonl")] for run in ("in-memory", "on-disk")
+    ]
+    assert losses[0] == losses[1]
+    ran(command(train, "--data", "tokens", "--out_dir", "on-disk", "--resume", "--max_iters", 20))
+    written = ran(
+        command(sample, "--out_dir", "on-disk", "--prompt", "東京 naïve ", "--max_new_tokens", 50, "--seed", 1)
+    )
+    assert written.startswith("東京 naïve ") and (tokenizer != "chars" or len(written) == 60)
+
+
+def test_a_plan_and_minutes_work_with_a_prepared_text(command, text):  # noqa: F811
+    ran(command(data, "prepare", "text.txt", "tokens", "--tokenizer", "bytes"))
+    assert "text and batch" in ran(command(train, "--data", "tokens", "--plan", *TINY))
+    assert "best val loss" in ran(command(train, "--data", "tokens", "--minutes", 0.03, "--device", "cpu"))
+
+
+def test_a_tokenizer_that_does_not_match_is_refused_with_the_file_and_the_remedy(command, text, tmp_path):  # noqa: F811
+    ran(command(data, "prepare", "text.txt", "bytes", "--tokenizer", "bytes"))
+    ran(command(data, "prepare", "text.txt", "chars"))
+    ran(command(train, "--data", "chars", "--out_dir", "run", *TINY))
+    before = all_contents(tmp_path)
+
+    def bad(*args, words):
+        assert_refused(command(train, *args), *words)
+        assert all_contents(tmp_path) == before
+
+    words = ["--data bytes: was prepared with another tokenizer than that of the model in run", "--tokenizer run"]
+    bad("--data", "bytes", "--init_from", "run", "--out_dir", "new", words=words)
+    words = ["--data bytes: was prepared with another tokenizer than that of the run in run; put back"]
+    bad("--data", "bytes", "--out_dir", "run", "--resume", "--max_iters", 99, words=words)
+    words = ["--tokenizer bytes: the model has its own; leave the flag out"]
+    bad("--data", "text.txt", "--init_from", "run", "--tokenizer", "bytes", "--out_dir", "new", words=words)
+    bad("--data", "chars", "--tokenizer", "bytes", "--out_dir", "new", words=["--data chars: is in tokens already"])
+    assert_refused(command(bigram, "--data", "bytes"), "--data bytes: is in tokens already; give the text itself")
+    ran(
+        command(
+            train, "--data", "chars", "--init_from", "run", "--out_dir", "tuned", "--max_iters", 1, "--device", "cpu"
+        )
+    )
+
+    kept = Path("run", "tokenizer.json").read_bytes()
+    for other in (Path("bytes", "tokenizer.json").read_bytes(), None):
+        Path("run", "tokenizer.json").unlink()
+        if other:
+            Path("run", "tokenizer.json").write_bytes(other)
+        words = "is not the tokenizer this run began with" if other else "is missing"
+        result = command(train, "--out_dir", "run", "--resume", "--max_iters", 99)
+        assert_refused(result, f"run/tokenizer.json: {words}; put that back")
+    Path("run", "tokenizer.json").write_bytes(kept)
+    ran(command(train, "--out_dir", "run", "--resume", "--max_iters", 14))
+
+
+def test_a_damaged_shard_stops_a_run_before_it_begins(command, text):  # noqa: F811
+    ran(command(data, "prepare", "text.txt", "tokens", "--tokenizer", "bytes"))
+    damage(Path("tokens", "train-00000.bin"), 1000)
+    remedy = "make it anew with: python data.py prepare text.txt tokens --tokenizer bytes"
+    words = "tokens/train-00000.bin: is damaged, its checksum does not match"
+    assert_refused(command(train, "--data", "tokens", *TINY), f"--data {words}", remedy)
+    assert not Path("out").exists()
+    assert_refused(command(data, "check", "tokens"), words, remedy)
+    ran(command(data, *remedy.split()[-6:]))
+    ran(command(data, "check", "tokens"))
+
+
+@pytest.mark.parametrize(
+    "args, words",
+    [
+        ("", "no command: give prepare or check"),
+        ("banana", "banana: give prepare or check"),
+        ("prepare", "the following arguments are required: SOURCE, OUT"),
+        ("prepare text.txt", "the following arguments are required: OUT"),
+        ("prepare text.txt out stray", "unknown flag stray"),
+        ("prepare missing.txt out", "missing.txt: cannot be read (No such file"),
+        ("prepare text.txt text.txt", "text.txt: cannot be written (File exists)"),
+        ("prepare text.txt out --tokenizer bpe:7", "--tokenizer bpe:7: wants bpe: and a number"),
+        ("prepare text.txt out --processes 0", "--processes: wants a whole number of at least 1"),
+        ("check missing", "prepared.json: cannot be read"),
+    ],
+)
+def test_bad_commands_are_refused(command, text, tmp_path, args, words):  # noqa: F811
+    before = all_contents(tmp_path)
+    assert_refused(command(data, *args.split()), words)
+    assert all_contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("args", ["--help", "prepare --help", "check -h"])
+def test_help(command, args):  # noqa: F811
+    assert "usage: data.py" in ran(command(data, *args.split()))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
