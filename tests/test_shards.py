@@ -1,4 +1,4 @@
-"""shards.py and `data.py prepare`: a prepared text is the text, read from the disk; kills and damage cost nothing but time."""
+"""shards.py and `data.py prepare`: a prepared text is the text, read from the disk; a kill costs nothing but time."""
 
 import contextlib
 import json
@@ -452,10 +452,8 @@ def test_training_on_a_prepared_text_ends_in_the_weights_of_training_on_the_text
     ran(command(train, "--data", "tokens", "--out_dir", "on-disk", *TINY))
     for name in ("model.safetensors", "tokenizer.json", "tokenizer_config.json", "draft.safetensors"):
         assert Path("in-memory", name).read_bytes() == Path("on-disk", name).read_bytes(), name
-    losses = [
-        [m.get("val_loss") for m in train.read_metrics(f"{run}/metrics.jsonl")] for run in ("in-memory", "on-disk")
-    ]
-    assert losses[0] == losses[1]
+    in_memory, on_disk = (train.read_metrics(f"{run}/metrics.jsonl") for run in ("in-memory", "on-disk"))
+    assert [m.get("val_loss") for m in in_memory] == [m.get("val_loss") for m in on_disk]
     ran(command(train, "--data", "tokens", "--out_dir", "on-disk", "--resume", "--max_iters", 20))
     written = ran(
         command(sample, "--out_dir", "on-disk", "--prompt", "東京 naïve ", "--max_new_tokens", 50, "--seed", 1)
@@ -513,7 +511,7 @@ def test_a_damaged_shard_stops_a_run_before_it_begins(command, text):  # noqa: F
     assert_refused(command(train, "--data", "tokens", *TINY), f"--data {words}", remedy)
     assert not Path("out").exists()
     assert_refused(command(data, "check", "tokens"), words, remedy)
-    ran(command(data, *remedy.split()[-6:]))
+    ran(command(data, *remedy.split()[6:]))
     ran(command(data, "check", "tokens"))
 
 
