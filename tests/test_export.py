@@ -19,7 +19,7 @@ import generate
 import utils
 from model import GPT, GPTConfig
 from modern import Modern, ModernConfig
-from tokenizer import CharTokenizer, LibraryTokenizer
+from tokenizer import ByteTokenizer, CharTokenizer, LibraryTokenizer, load_tokenizer, save_tokenizer, train_bpe
 
 ROOT = Path(__file__).resolve().parent.parent
 CHARS = sorted(set("\n !\"&'(),-.:;<=>?/" + "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ" + "äöüß€🙂"))
@@ -47,29 +47,11 @@ def random_model(make_model, arch, vocab_size, seed=0, **sizes):
 @pytest.fixture(scope="session")
 def byte_pairs():
     """A byte-level BPE of GPT-2's kind, with a token that looks like HTML."""
-    tokenizers = pytest.importorskip("tokenizers")
-    text = (ROOT / "input.txt").read_text(encoding="utf-8")[
-        :50_000
-    ] + "naïve café — 東京 🙂 can't 12 345\t\r\n  x\n\n" * 5
-    bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
-    bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bpe.decoder = tokenizers.decoders.ByteLevel()
-    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
-    trainer = tokenizers.trainers.BpeTrainer(vocab_size=500, initial_alphabet=alphabet, show_progress=False)
-    bpe.train_from_iterator([text], trainer)
+    pytest.importorskip("tokenizers")
+    text = (ROOT / "input.txt").read_text(encoding="utf-8")[:50_000]
+    bpe = train_bpe([text + "naïve café — 東京 🙂 can't 12 345\t\r\n  x\n\n" * 5], 500)._tokenizer
     bpe.add_special_tokens(["<|endoftext|>", "<img src=x onerror=window.ran=1>"])
     return LibraryTokenizer(bpe)
-
-
-@pytest.fixture(scope="session")
-def plain_bytes():
-    """One token a byte: byte-pair encoding that never pairs."""
-    tokenizers = pytest.importorskip("tokenizers")
-    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
-    one = tokenizers.Tokenizer(tokenizers.models.BPE({c: i for i, c in enumerate(alphabet)}, []))
-    one.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    one.decoder = tokenizers.decoders.ByteLevel()
-    return LibraryTokenizer(one)
 
 
 @pytest.fixture(scope="session")
@@ -115,10 +97,10 @@ KINDS = {
 
 
 @pytest.fixture(scope="session")
-def exported(browser, make_model, byte_pairs, plain_bytes, tmp_path_factory):
+def exported(browser, make_model, byte_pairs, tmp_path_factory):
     """exported(kind) -> Exported, the same one each time."""
     made = {}
-    tokenizers = {"characters": CharTokenizer(CHARS), "bpe": byte_pairs, "bytes": plain_bytes}
+    tokenizers = {"characters": CharTokenizer(CHARS), "bpe": byte_pairs, "bytes": ByteTokenizer()}
 
     def get(kind):
         if kind not in made:
@@ -657,6 +639,33 @@ def test_both_arithmetics_can_be_chosen_and_measured(page):
         assert page.evaluate("byId('arithmetic').value") == name and text_of(page) == "The miller"
 
 
+@pytest.mark.parametrize("kind", ["gpt-bytes-int8", "modern-bpe-float16"])
+def test_characters_of_several_tokens_are_shown_whole(exported, kind):
+    each = exported(kind)
+    page, words = each.page, "naïve 🙂 東京!"
+    page.ask("Page.bringToFront")
+    page.evaluate(f"setText({json.dumps(words)}, false)")
+    settle(page)
+    assert text_of(page) == shown(page) == words
+    ids = each.tokenizer.encode(words).tolist()
+    assert page.evaluate("state.tokens.map(({ id }) => id)") == ids
+    parts = page.evaluate("drawn.flatMap(({ element }, i) => element.className.includes('part') ? [i] : [])")
+    assert len(parts) == len(ids) - len([i for i in range(len(ids)) if page.evaluate(f"state.tokens[{i}].piece")]) > 0
+    page.click(f"#token-{parts[1]}")  # a part can be looked at too, and says which byte it is
+    settle(page)
+    assert page.evaluate("state.chosen") == parts[1] and "\u2039" in page.text("#moment")
+    page.click("#edit")
+    assert page.evaluate("byId('prompt').value") == words
+    page.press("End", ctrl=True)
+    page.type(" 🙂")
+    page.click("#done")
+    page.wait("byId('editor').hidden")
+    settle(page)
+    assert shown(page) == words + " 🙂"
+    page.evaluate("(state.history = [], state.chosen = null, setText('The miller', false))")
+    settle(page)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # For everybody
 
@@ -987,6 +996,12 @@ def test_a_model_too_large_names_its_size_and_what_shrinks_it(command, make_mode
     with pytest.raises(utils.UserError, match=r"--weights int8 makes it 1 MB or raise --max_mb"):
         export.choose_format(model, options)
     assert export.choose_format(model, export.ExportOptions(max_mb=1.1)) == "int8"
+
+
+def test_a_saved_tokenizer_is_the_one_in_the_page(byte_pairs, tmp_path):
+    for tokenizer in (CharTokenizer(CHARS), ByteTokenizer(), byte_pairs):
+        save_tokenizer(str(tmp_path), tokenizer, 32)
+        assert export.tokenizer_spec(load_tokenizer(str(tmp_path)), "out") == export.tokenizer_spec(tokenizer, "out")
 
 
 def test_a_tokenizer_that_the_page_cannot_run_is_refused(command, make_model, tmp_path):  # noqa: F811
