@@ -21,6 +21,7 @@ from modern import Modern, ModernConfig
 from optim import Learner
 from plan import (
     begin_from,
+    check_windows,
     choose_settings,
     evaluation_seconds,
     make_config,
@@ -297,20 +298,16 @@ def show(options, given):
     place = find_place(options, given)
     peak = place.peak * place.processes
     if options.init_from is not None:
-        options, model, data = begin_from(options, given, place.device, place.dtype)
+        options, model, data = begin_from(options, given, place.device, place.dtype, place.processes)
         config = model.config
     elif options.vocab_size is not None:
-        options, data = choose_settings(options, given, 0, place.device, place.dtype, peak), None
+        options = choose_settings(options, given, 0, place.device, place.dtype, peak, place.processes)
+        data = None
         config = make_config(options, options.vocab_size)
     else:
-        options, data = settle(options, given, place.device, place.dtype, peak)
+        options, data = settle(options, given, place.device, place.dtype, peak, place.processes)
         config = make_config(options, data.tokenizer.vocab_size)
-    windows = options.batch_size * options.gradient_accumulation_steps
-    if windows % place.processes:
-        raise UserError(
-            f"--batch_size {options.batch_size}: {place.processes} processes cannot share the {windows} windows of a "
-            f"step evenly; take a multiple of {place.processes}, or another number of processes"
-        )
+    check_windows(options, place.processes)
     model = empty_model(config)
     print("A plan: nothing is trained, and nothing written.")
     shape = f"{config.n_layer} layers, {config.n_head} heads, {config.n_embd} channels, context {config.block_size}"

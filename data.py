@@ -22,6 +22,7 @@ from typing import Optional
 import torch
 
 from corpus import pieces, read
+from distributed import ALONE
 from shards import SHARD_TOKENS, is_prepared, open_prepared, prepare
 from tokenizer import KINDS, OtherTokenizer, check_name, make_tokenizer, tokenizer_hash
 from utils import UserError, argument, option, parse_options, run_command
@@ -149,14 +150,18 @@ class Batches:
                 self._order = LargePermutation(self.windows_per_epoch, generator)
         return self._offset + self._order[first : first + count] * self.block_size
 
-    def batch(self, step, device="cpu"):
-        """The inputs and targets of training step `step`: two (batch_size, block_size) int64 tensors on the device."""
+    def batch(self, step, device="cpu", processes=ALONE):
+        """The inputs and targets of training step `step`: two (batch_size, block_size) int64 tensors on the device.
+
+        Of several processes each gets its own share, in order: (batch_size / processes.world, block_size).
+        """
         starts, first = [], step * self.batch_size
         while sum(map(len, starts)) < self.batch_size:  # a batch may span the end of an epoch
             epoch, k = divmod(first + sum(map(len, starts)), self.windows_per_epoch)
             missing = self.batch_size - sum(map(len, starts))
             starts.append(self._starts(epoch, k, missing))
-        tokens = windows(self.tokens, torch.cat(starts), self.block_size + 1)  # (batch_size, block_size + 1)
+        starts = torch.cat(starts).chunk(processes.world)[processes.rank]
+        tokens = windows(self.tokens, starts, self.block_size + 1)  # (batch_size, block_size + 1)
         if torch.device(device).type == "cuda":  # pinned memory is copied while both sides go on with their work
             tokens = tokens.pin_memory().to(device, non_blocking=True)
         tokens = tokens.to(device)
@@ -223,24 +228,28 @@ class ValidationBatches:
 
 
 @torch.no_grad()
-def validation_loss(model, tokens, batch_size, max_batches=None, device="cpu", progress=iter):
+def validation_loss(model, tokens, batch_size, max_batches=None, device="cpu", progress=iter, processes=ALONE):
     """Mean cross-entropy of `model(x, y) -> (logits, loss)` over the tokens, in nats per token.
 
     Over all of them, or, where that takes more than max_batches batches, over that many, spread evenly. The model's
-    training mode (dropout) is switched off meanwhile. `progress` may wrap the numbers of the batches in a progress bar.
+    training mode (dropout) is switched off meanwhile. Several processes take turns, a batch each, and all return the
+    same. `progress` may wrap the list of turns in a progress bar.
     """
     batches = ValidationBatches(tokens, model.config.block_size, batch_size)
     n = min(max_batches or len(batches), len(batches))
     was_training = model.training
     model.eval()
     losses, count = [], 0
-    for i in progress(range(n)):
-        x, y = batches[i * len(batches) // n]
+    for turn in progress(range(0, n, processes.world)):
+        mine = turn + processes.rank
+        counts = mine < n  # else it computes another's batch, as the parts of a sharded model need each other
+        x, y = batches[(mine if counts else turn) * len(batches) // n]
         _, loss = model(x.to(device), y.to(device))
-        losses.append(loss.float() * y.numel())
-        count += y.numel()
+        losses.append(loss.float() * y.numel() * counts)
+        count += y.numel() * counts
     model.train(was_training)
-    return float(torch.stack(losses).cpu().double().sum()) / count  # on the CPU, as an Apple GPU has no float64
+    total = float(torch.stack(losses).cpu().double().sum())  # on the CPU, as an Apple GPU has no float64
+    return processes.sum(total) / processes.sum(count)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -1,12 +1,15 @@
 """One update of the weights: loss, gradients and optimizers, in the number format that pays on the device."""
 
+import contextlib
 import copy
 import functools
 import math
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
+from distributed import ALONE
 from model import dice
 from utils import UserError, autocast, has_bfloat16
 
@@ -108,16 +111,30 @@ def lr_share(step, progress, options):
     return min(1.0, (step + 1) / (options.warmup_iters or 1)) * (floor + (1 - floor) * left)
 
 
+def averaging(model, processes):
+    """The model in a DistributedDataParallel, whose backward pass averages the gradients over the processes."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # newer PyTorch has another name for broadcast_buffers
+        return torch.nn.parallel.DistributedDataParallel(
+            model, process_group=processes.group, broadcast_buffers=False, gradient_as_bucket_view=True
+        )
+
+
 class Learner:
     """A model and all that changes it.
 
     On a GPU the model computes under autocast, and its float32 weights learn. On a CPU with bfloat16 hardware a
     bfloat16 copy of the model does the arithmetic: autocast's casts of every weight and activation cost a small model
     half its time. Each step adds the copy's gradients up in float32, updates the float32 weights, and copies them over.
+
+    Several processes have the same weights, and average the gradients of their shares of the batch: by PyTorch's
+    DistributedDataParallel while the backward pass is still at work, or, where a bfloat16 copy computes, in one message
+    behind it: DistributedDataParallel would add up and average in bfloat16.
     """
 
-    def __init__(self, model, options, device, dtype):
+    def __init__(self, model, options, device, dtype, processes=ALONE):
         self.model, self.options, self.device, self.dtype = model, options, device, dtype
+        self.processes = processes
         self.optimizers = build_optimizers(model, options, device)
         self.highest = [[group["lr"] for group in o.param_groups] for o in self.optimizers]
         Scaler = getattr(torch.amp, "GradScaler", None) or torch.cuda.amp.GradScaler  # torch.amp's: PyTorch 2.3
@@ -126,7 +143,11 @@ class Learner:
         self.copied = device.type == "cpu" and dtype == torch.bfloat16
         self.worker = copy.deepcopy(model).to(dtype) if self.copied else model
         self.copies = list(self.worker.parameters())
-        self.compute = self.worker  # may be replaced by torch.compile(self.worker)
+        self.averaging = None  # the DistributedDataParallel, where there is one
+        if processes.world > 1 and not self.copied:
+            self.averaging = averaging(model, processes)
+        self.uncompiled = self.averaging or self.worker
+        self.compute = self.uncompiled  # may be replaced by torch.compile(self.uncompiled)
         self.skipped = torch.zeros(2, device=device)  # steps skipped for bad numbers: in all, and in a row until now
         self.pools = {}  # number of threads -> the threads
 
@@ -164,10 +185,14 @@ class Learner:
         loss = self.loss(x, y) * share
         return loss.detach(), torch.autograd.grad(self.scaler.scale(loss), self.copies)
 
+    def parts(self, x, y):
+        """The parts in which windows x, y go through the model: a list of (x, y, share of the windows)."""
+        rows = self.rows_at_once(x.size(1))
+        return [(a, b, len(a) / len(x)) for a, b in zip(x.split(rows), y.split(rows))]
+
     def part_gradients(self, x, y):
         """Yields the loss and gradients of each part of windows x, y, in order; they add up to those of all windows."""
-        rows = self.rows_at_once(x.size(1))
-        parts = [(a, b, len(a) / len(x)) for a, b in zip(x.split(rows), y.split(rows))]
+        parts = self.parts(x, y)
         threads = self.side_by_side(len(parts))
         if threads == 1:
             return (self.gradients(*part) for part in parts)
@@ -178,16 +203,14 @@ class Learner:
         return self.pools[threads].map(lambda part, seed: self.gradients(*part, seed), parts, seeds)
 
     def step(self, x, y, lr_share):
-        """Update the weights once from x, y (batch_size * gradient_accumulation_steps, T).
+        """Update the weights once from x, y (batch_size * gradient_accumulation_steps, T), or this process's share.
 
         lr_share: the share of each group's highest learning rate. Returns the loss in nats per token and the norm of
         the gradient before clipping, as tensors: reading their value would make the CPU wait for the GPU. Where either
-        is infinite or no number the step is skipped: all stays as it was, but for self.skipped.
+        is infinite or no number the step is skipped: all stays as it was, but for self.skipped. Loss and norm are those
+        of all processes, so that all of them skip the same steps.
         """
-        total = 0.0
-        for loss, gradients in self.part_gradients(x, y):
-            total = total + loss
-            self._add(gradients)
+        total = self.add_gradients(x, y)
         for optimizer, highest in zip(self.optimizers, self.highest):
             self.scaler.unscale_(optimizer)
             for group, lr in zip(optimizer.param_groups, highest):
@@ -208,8 +231,34 @@ class Learner:
                 optimizer.step()
             elif good:
                 optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+        self.forget_gradients()
         self.skipped = torch.stack([self.skipped[0] + bad, (self.skipped[1] + 1) * bad])
+
+    def add_gradients(self, x, y):
+        """Add the gradients of windows x, y (B, T) to those of the float32 weights; returns their loss.
+
+        Of several processes, each with its own windows, all get the mean of the gradients and losses.
+        """
+        total = 0.0
+        if self.averaging is None:
+            for loss, gradients in self.part_gradients(x, y):
+                total = total + loss
+                self._add(gradients)
+            self.processes.average([total, *(weight.grad for weight in self.weights)])
+        else:
+            parts = self.parts(x, y)
+            for n, (a, b, share) in enumerate(parts, 1):
+                last = n == len(parts)  # it averages what all have added up
+                with contextlib.nullcontext() if last else self.averaging.no_sync():
+                    loss = self.loss(a, b) * share
+                    self.scaler.scale(loss).backward()
+                total = total + loss.detach()
+            self.processes.average([total])
+        return total
+
+    def forget_gradients(self):
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none=True)
 
     def _add(self, gradients):
         """Add a part's gradients to those of the float32 weights."""

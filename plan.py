@@ -3,6 +3,7 @@
 With --minutes the settings are those that suit the machine, the time and the text (for_minutes has the rule).
 """
 
+import functools
 import itertools
 import math
 import os
@@ -13,6 +14,7 @@ import torch
 
 from checkpoint import METRICS, gpt2_tokenizer, holds_run, load_model, load_state
 from data import load_data
+from distributed import ALONE
 from model import GPT, GPTConfig
 from modern import Modern, ModernConfig
 from tokenizer import OtherTokenizer, UnknownCharacters, load_tokenizer, tokenizer_hash
@@ -118,11 +120,12 @@ def check_memory(options, vocab_size):
         )
 
 
-def choose_settings(options, given, tokens, device, dtype, peak=None):
+def choose_settings(options, given, tokens, device, dtype, peak=None, processes=1):
     """Fill in what was not given, for a text of so many training tokens, and show it where it was chosen.
 
     A modern model has its own defaults, a fine-tuning too; with --minutes the sizes are those that suit the time. peak:
-    the FLOP/s to choose them for, where it need not be measured.
+    the FLOP/s to choose them for, where it need not be measured. processes: a batch that is chosen has an equal number
+    of windows for each.
     """
     chosen, why = {}, None
     if options.init_from is not None:
@@ -138,6 +141,8 @@ def choose_settings(options, given, tokens, device, dtype, peak=None):
             chosen.pop("matrix_lr", None)
     elif options.arch == "modern":
         chosen = MODERN
+    if "batch_size" in chosen:
+        chosen["batch_size"] = math.ceil(chosen["batch_size"] / processes) * processes
     chosen = {name: value for name, value in chosen.items() if name not in given}
     if why is not None:
         shown = {name: value for name, value in chosen.items() if value != STEPS_WITHOUT_END}
@@ -185,23 +190,57 @@ def build_model(options, vocab_size):
     return Modern(config) if options.arch == "modern" else GPT(config)
 
 
-def begin(options, given, device, dtype):
-    """The model and text of a new run. Returns (options, model, data)."""
+def check_windows(options, processes):
+    """Raises UserError where so many processes cannot share the windows of a step evenly."""
+    windows = options.batch_size * options.gradient_accumulation_steps
+    if windows % processes:
+        raise UserError(
+            f"--batch_size {options.batch_size}: {processes} processes cannot share the {windows} windows of a "
+            f"step evenly; take a multiple of {processes}, or another number of processes"
+        )
+
+
+def begin(options, given, device, dtype, processes=ALONE):
+    """The model and text of a new run. Returns (options, model, data), the same for all processes."""
     if options.init_from is not None:
-        return begin_from(options, given, device, dtype)
-    options, data = settle(options, given, device, dtype)
-    return options, build_model(options, data.tokenizer.vocab_size), data
+        options, model, data = begin_from(options, given, device, dtype, processes.world)
+    else:
+        peak = None
+        if options.minutes is not None:
+            peak = processes.sum(matmul_peak(device, dtype))  # all at once: they may share a machine
+        data = load_together(options, processes)
+        options, data = settle(options, given, device, dtype, peak, processes.world, data)
+        model = build_model(options, data.tokenizer.vocab_size)
+    check_text(options, data, processes)
+    return options, model, data
 
 
-def settle(options, given, device, dtype, peak=None):
-    """The settings and text of a new run. Returns (options, data). peak: as for choose_settings."""
-    data = load_data(options.data, options.tokenizer, options.field)
-    options = choose_settings(options, given, len(data.train), device, dtype, peak)
+def load_together(options, processes):
+    """The text of a new run, with the tokenizer that the first process makes of it."""
+    load = functools.partial(load_data, options.data, field=options.field)
+    data = load(options.tokenizer) if processes.first else None
+    tokenizer = processes.from_first(lambda: data.tokenizer)
+    return data or load(tokenizer)
+
+
+def check_text(options, data, processes):
+    """Raises UserError in a process that has another text than the first one."""
+    if processes.from_first(lambda: data.fingerprint) != data.fingerprint:
+        raise UserError(f"--data {options.data}: is another text here than for process 0; give all machines the same")
+
+
+def settle(options, given, device, dtype, peak=None, processes=1, data=None):
+    """The settings and text of a new run. Returns (options, data).
+
+    peak, processes: as for choose_settings. data: where it has been loaded.
+    """
+    data = data or load_data(options.data, options.tokenizer, options.field)
+    options = choose_settings(options, given, len(data.train), device, dtype, peak, processes)
     data.check_length(options.block_size)
     return options, data
 
 
-def begin_from(options, given, device, dtype):
+def begin_from(options, given, device, dtype, processes=1):
     """The model and text of a run that starts from the weights of --init_from. Returns (options, model, data)."""
     if "tokenizer" in given:
         raise UserError(f"--tokenizer {options.tokenizer}: the model has its own; leave the flag out")
@@ -233,14 +272,17 @@ def begin_from(options, given, device, dtype):
             f"--init_from {options.init_from}: knows {theirs} tokens, but {options.data} has {ours}; give the text it "
             f"was trained on, or start without --init_from"
         )
-    options = choose_settings(options, given, len(data.train), device, dtype)
+    options = choose_settings(options, given, len(data.train), device, dtype, processes=processes)
     data.check_length(options.block_size)
     return options, model, data
 
 
-def resume(options, given):
-    """The settings, model and text of the run in out_dir. Returns (options, model, data, state)."""
-    state = load_state(options.out_dir)
+def resume(options, given, processes=ALONE):
+    """The settings, model and text of the run in out_dir. Returns (options, model, data, state).
+
+    The first process reads the directory and tells the others, which may be on a machine that has no such directory.
+    """
+    state = processes.from_first(lambda: load_state(options.out_dir))
     for name in sorted(given - MAY_CHANGE):
         old, new = state["options"].get(name, getattr(type(options), name)), getattr(options, name)
         if new != old:
@@ -258,7 +300,7 @@ def resume(options, given):
     ended_by_the_clock = state["progress"] == 1 and step < began_with["max_iters"]
     if options.minutes is not None and ended_by_the_clock and options.minutes <= began_with["minutes"] and not due:
         raise UserError(f"--resume: the run in {options.out_dir} has had its {options.minutes:g} minutes; give more")
-    tokenizer = load_tokenizer(options.out_dir)
+    tokenizer = processes.from_first(lambda: load_tokenizer(options.out_dir))
     if tokenizer is None or tokenizer_hash(tokenizer) != state.get("tokenizer", tokenizer_hash(tokenizer)):
         path = os.path.join(options.out_dir, "tokenizer.json")
         what = "is missing" if tokenizer is None else "is not the tokenizer this run began with"
@@ -335,9 +377,9 @@ def seconds_per_token(learner, x, y):
     with torch.random.fork_rng():
         for _ in range(3):  # the first runs warm up
             start = time.perf_counter()
-            losses = [loss for loss, _ in learner.part_gradients(x[:rows], y[:rows])]
-            losses[-1].item()  # waits for the device
+            learner.add_gradients(x[:rows], y[:rows]).item()  # waits for the device
             seconds = time.perf_counter() - start
+            learner.forget_gradients()
     return seconds / (rows * x.size(1))
 
 
@@ -371,12 +413,14 @@ def maybe_compile(learner, x, y, forced, seconds):
         return
     print(f"compile: yes, about {cost} s before the first step ...")
     try:
-        learner.compute = torch.compile(learner.worker)
+        learner.compute = torch.compile(learner.uncompiled)
         with torch.random.fork_rng():
             rows = learner.rows_at_once(x.size(1))
-            list(learner.part_gradients(x[:rows], y[:rows]))
+            learner.add_gradients(x[:rows], y[:rows])
+            learner.forget_gradients()
     except Exception as error:  # a missing compiler shows as many kinds of error, depending on the platform
         reason = (str(error).strip().splitlines() or [""])[0][:100]
         print(f"compile: there is no working compiler here, running uncompiled ({type(error).__name__}: {reason})")
         torch._dynamo.reset()
-        learner.compute = learner.worker
+        learner.compute = learner.uncompiled
+        learner.forget_gradients()

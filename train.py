@@ -4,6 +4,7 @@
     python train.py                                  # the default model on input.txt
     python train.py --data mytext.txt --n_layer 4 --n_head 4 --n_embd 128 --max_iters 2000
     python train.py --resume                         # go on where a run was stopped
+    torchrun --nproc_per_node 8 train.py ...         # eight processes as one run (distributed.py)
 
 It reads in the order in which a run happens: the options, the loop, the report. What comes before the first step is in
 plan.py, and one step in optim.py.
@@ -41,12 +42,14 @@ from checkpoint import (
     write_model,
 )
 from data import validation_loss
+from distributed import ALONE, job
 from draft import Draft
 from generate import generate
 from optim import Learner, lr_share
 from plan import (
     begin,
     check_directory,
+    check_windows,
     evaluation_seconds,
     make_directory,
     maybe_compile,
@@ -61,7 +64,6 @@ from utils import (
     autocast,
     option,
     parse_options,
-    pick_device,
     pick_dtype,
     run_command,
     seconds_in_words,
@@ -137,9 +139,17 @@ class TrainOptions:
 
 
 def main(argv):
-    options, given = parse_options(TrainOptions, argv, "Train a GPT on a text file.")
+    with job() as processes:
+        options, given = parse_options(TrainOptions, argv, "Train a GPT on a text file.")
+        with errors_in_words(options):
+            return train(options, given, processes)
+
+
+@contextlib.contextmanager
+def errors_in_words(options):
+    """Memory or a disk that is full: a UserError with the remedy."""
     try:
-        return train(options, given)
+        yield
     except (RuntimeError, MemoryError) as error:
         if not (isinstance(error, MemoryError) or any(words in str(error) for words in OUT_OF_MEMORY)):
             raise
@@ -157,21 +167,31 @@ def main(argv):
 
 
 class StopSignal:
-    """Turns Ctrl-C and SIGTERM into a request to stop after this step; a second one stops at once."""
+    """Turns Ctrl-C and SIGTERM into a request to stop after this step; a second one stops at once.
 
-    def __init__(self):
-        self.number = None
+    number: the signal that has come to this process or another one, None before they have agreed on that.
+    """
+
+    def __init__(self, processes=ALONE):
+        self.processes, self.came, self.number = processes, 0, None
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._handle)
 
     def _handle(self, number, frame):
-        if self.number is not None:
+        if self.came:
             os._exit(128 + number)
-        self.number = number
+        self.came = number
+
+    def agree(self, *figures):
+        """Ask all processes for a signal. Returns the figures of the first process, which decides for all."""
+        came, *figures = self.processes.agree(*figures, signal=self.came)
+        self.number = came or None
+        return figures
 
     def until(self, items):
         """Yields the items; raises Stopped as soon as the signal has come."""
         for item in items:
+            self.agree()
             if self.number is not None:
                 raise Stopped
             yield item
@@ -184,13 +204,13 @@ class Stopped(Exception):
 class Run:
     """What changes while a model is trained, how it is measured, and how it is kept.
 
-    saver: a checkpoint.Saver, which writes beside the training.
+    saver: a checkpoint.Saver, which writes beside the training. processes: of which the first one writes.
     """
 
-    def __init__(self, options, model, data, device, dtype, saver):
+    def __init__(self, options, model, data, device, dtype, saver, processes=ALONE):
         self.options, self.model, self.data, self.device, self.dtype = options, model, data, device, dtype
-        self.saver = saver
-        self.learner = Learner(model, options, device, dtype)
+        self.saver, self.processes = saver, processes
+        self.learner = Learner(model, options, device, dtype, processes)
         self.step, self.tokens = 0, 0
         self.best = math.inf  # lowest val loss so far
         self.due = False  # the evaluation of this step: a run stopped before it goes on with it
@@ -225,8 +245,8 @@ class Run:
             tokenizer=tokenizer_hash(self.data.tokenizer),
             progress=self.progress(),
             counters={name: getattr(self, name) for name in names},
-            compiled=self.learner.compute is not self.learner.worker,
-            random=random_states(self.device),
+            compiled=self.learner.compute is not self.learner.uncompiled,
+            random=self.processes.gather(random_states(self.device)),
             **self.learner.state_dict(),
         )
 
@@ -237,7 +257,10 @@ class Run:
         """
         start = time.perf_counter()
         self.saver.wait()
-        state = snapshot(self.state())
+        state = self.state()
+        if not self.processes.first:
+            return
+        state = snapshot(state)
         best = best or self.best == math.inf  # before the first evaluation the newest weights are the best there are
         model = snapshot(model_files(self.model)) if best else None
         self.saver.start(lambda: self._write(state, model))
@@ -264,14 +287,28 @@ class Run:
         self.earlier_seconds = counters.pop("seconds")
         vars(self).update(counters)
         self.compiled, self.saved = state.get("compiled"), self.seconds
-        loss = saved_loss(self.options.out_dir)
+        loss = self.processes.from_first(lambda: saved_loss(self.options.out_dir))
         self.best = self.best if loss is None else loss
-        restore_random_states(state["random"], self.device)
+        self.restore_dice(state["random"])
+        if self.processes.first:
+            self._drop_later_metrics()
+
+    def restore_dice(self, random):
+        """Go on with the random numbers where they stood, or, on another number of processes, with new ones."""
+        random = [random] if isinstance(random, dict) else random  # a dict: before there were several processes
+        if len(random) == self.processes.world:
+            restore_random_states(random[self.processes.rank], self.device)
+        else:
+            torch.manual_seed(self.options.seed + 1_000_003 * (self.processes.rank + 1) + self.step)
+
+    def _drop_later_metrics(self):
         lines = [json.dumps(m) + "\n" for m in read_metrics(self.path) if m["step"] <= self.step]
         write_atomically(self.path, lambda path: write_lines(path, lines))
 
     def log(self, **figures):
         """Add a line to metrics.jsonl. JSON knows no infinity, which a gradient in float16 may reach: left out."""
+        if not self.processes.first:
+            return
         figures = {name: figure for name, figure in figures.items() if math.isfinite(figure)}
         line = dict(step=self.step, seconds=round(self.seconds, 3), tokens=self.tokens, **figures)
         with open(self.path, "a") as f:
@@ -283,8 +320,9 @@ class Run:
         progress: may wrap the batches of the val split; the Stopped that it raises leaves the evaluation due.
         """
         with autocast(self.device, self.dtype):
+            o = self.options
             loss = validation_loss(
-                self.model, self.data.val, self.options.batch_size, self.options.eval_iters, self.device, progress
+                self.model, self.data.val, o.batch_size, o.eval_iters, self.device, progress, self.processes
             )
         if not math.isfinite(loss):  # nothing worth keeping
             return loss
@@ -293,10 +331,14 @@ class Run:
         best = loss < self.best
         self.best = min(loss, self.best)
         self.save(best)
+        if self.processes.first:
+            self._draw()
+        return loss
+
+    def _draw(self):
         figure = plots.loss_curve(read_metrics(self.path))
         picture = os.path.join(self.options.out_dir, "loss.png")
         write_atomically(picture, lambda path: figure.savefig(path, format="png", dpi=120))
-        return loss
 
     def diverged(self, what):
         """The error for numbers that are none."""
@@ -333,54 +375,74 @@ def write_lines(path, lines):
         f.writelines(lines)
 
 
-def carry_on(options):
-    """The options of a worker that torchrun started again because it had died: those of going on by itself.
+def claim_directory(options, lock, processes):
+    """Take the lock of a run that is in out_dir, in the first process. Returns the options of the run, for all."""
+    [restarts] = processes.agree(
+        signal=int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+    )  # a machine may have none
 
-    Its command line is that of the first start. It goes on only where that start had come as far as training in
+    def claim():
+        ours = carry_on(options, restarts)
+        check_directory(ours, lock)
+        return ours
+
+    return processes.from_first(claim)
+
+
+def carry_on(options, restarts):
+    """The options of workers that torchrun started again because one had died: those of going on by themselves.
+
+    Their command line is that of the first start. They go on only where that start had come as far as training in
     out_dir; a run that was there before is still refused.
     """
-    again = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
-    if not again or lock_owner(options.out_dir).get("job") != torchrun_job():
+    if not restarts or lock_owner(options.out_dir).get("job") != torchrun_job():
         return options
     resume = bool(state_files(options.out_dir))
     return replace(options, resume=resume, fresh=not resume)  # it may have died before it was saved
 
 
-def train(options, given):
+def train(options, given, processes=ALONE):
     """Train as the options say. Returns the exit status: 0, or 130 / 143 after Ctrl-C / SIGTERM, with the run saved."""
     check_flags(options, given)
     if options.plan:
         return show(options, given)
     with contextlib.ExitStack() as at_end:
-        return train_until(at_end, carry_on(options), given)
+        return train_until(at_end, options, given, processes)
 
 
-def train_until(at_end, options, given):
+def train_until(at_end, options, given, processes):
     """train, where at_end, a context, closes whatever must not stay open, however the run ends."""
     lock, saver = at_end.enter_context(Lock()), at_end.enter_context(Saver())
-    check_directory(options, lock)
-    device = pick_device(options.device)
+
+    options = claim_directory(options, lock, processes)
+    device = processes.own_device(options.device)
+    processes.begin(device)
     torch.manual_seed(options.seed)
     if options.resume:
-        options, model, data, state = resume(options, given)
+        options, model, data, state = resume(options, given, processes)
         dtype = pick_dtype(options.dtype, device)
     else:
         dtype = pick_dtype(options.dtype, device)
-        options, model, data = begin(options, given, device, dtype)
+        options, model, data = begin(options, given, device, dtype, processes)
+    check_windows(options, processes.world)
     batches = data.batches(options.batch_size * options.gradient_accumulation_steps, options.block_size, options.seed)
     model.gradient_checkpointing = options.gradient_checkpointing
     model.to(device).train()
-    make_directory(options, lock)
-    run = Run(options, model, data, device, dtype, saver)
+    if processes.first:
+        make_directory(options, lock)
+    run = Run(options, model, data, device, dtype, saver, processes)
     if options.resume:
         run.restore(state)
+    elif not processes.first:
+        torch.manual_seed(options.seed + 1_000_003 * processes.rank)  # for dropout: to each its own
     print(
         f"{model.num_params() / 1e6:.2f} M parameters, {data.tokenizer.vocab_size} tokens in the vocabulary, "
         f"{len(data.train):,} to train on, {len(data.val):,} to validate; {device.type}, {str(dtype)[6:]}"
+        + (f", {processes.world} processes" if processes.world > 1 else "")
     )
     evaluation = look_ahead(run, batches, given)
 
-    stop = StopSignal()
+    stop = StopSignal(processes)
     timed = options.minutes is not None
     bar = tqdm(  # closed before the last words, and before those of an error
         total=round(60 * options.minutes) if timed else options.max_iters,
@@ -389,6 +451,7 @@ def train_until(at_end, options, given):
         bar_format="{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} s [{remaining} left{postfix}]" if timed else None,
         dynamic_ncols=True,
         mininterval=0.2 if sys.stderr.isatty() else 10.0,  # rarely where the output goes to a file
+        disable=not processes.first,
     )
     at_end.callback(bar.close)
     if run.first_second is None:
@@ -398,7 +461,7 @@ def train_until(at_end, options, given):
     pause = max(3.0, (60 * options.minutes) / 8, 25 * evaluation) if timed else None  # between evaluations
     last_seconds, last_tokens, last_evaluation = run.seconds, run.tokens, run.seconds
     skipped, _ = run.learner.skipped.tolist()
-    progress = run.progress()
+    [progress] = stop.agree(run.progress())
     # Even where the time is over before the first step, a run makes one and ends with an evaluation.
     while stop.number is None and (progress < 1 or run.due or run.best == math.inf or run.step == 0):
         if run.due:
@@ -413,19 +476,18 @@ def train_until(at_end, options, given):
                 raise run.diverged(f"the val loss is {val}")
             bar.write(f"step {run.step}: val loss {val:.4f}, {data.bits_per_byte(val):.3f} bits per byte")
             last_seconds, last_evaluation = run.seconds, run.seconds
+            stop.agree()
             continue
         share = lr_share(run.step, progress, options)
-        x, y = batches.batch(run.step, device)
+        x, y = batches.batch(run.step, device, processes)
         loss, norm = run.learner.step(x, y, share)
-        run.step, run.tokens = run.step + 1, run.tokens + x.numel()
-        progress = run.progress()
+        run.step, run.tokens = run.step + 1, run.tokens + x.numel() * processes.world
         bar.update(round(run.seconds) - bar.n if timed else 1)
 
-        if timed:
-            due = run.seconds - last_evaluation > pause and progress < 0.95
-        else:
-            due = run.step % options.eval_interval == 0
-        run.due = due or progress == 1
+        time_for_both = run.seconds - last_evaluation > pause if timed else False, run.save_is_due()
+        progress, due, save_is_due = stop.agree(run.progress(), *time_for_both)
+        due = due and progress < 0.95 if timed else run.step % options.eval_interval == 0
+        run.due = bool(due) or progress == 1
         if run.step % options.log_interval == 0 or run.step == 1 or run.due or stop.number is not None:
             train_loss, skipped_before = loss.item(), skipped
             skipped, in_a_row = map(int, run.learner.skipped.tolist())
@@ -442,10 +504,10 @@ def train_until(at_end, options, given):
             if options.sample_interval and run.step % options.sample_interval == 0:
                 bar.write(sample_text(model, data.tokenizer, 200, device) + "\n")
             last_seconds, last_tokens = run.seconds, run.tokens
-        if not run.due and run.save_is_due():
+        if not run.due and save_is_due:
             run.save()
     bar.close()
-    return report(run, stop)
+    return report(run, stop, finished=progress == 1 and not run.due)
 
 
 def look_ahead(run, batches, given):
@@ -454,9 +516,9 @@ def look_ahead(run, batches, given):
     Sets run.reserved; returns how many seconds an evaluation will take.
     """
     options = run.options
-    x, y = batches.batch(run.step, run.device)
-    token_seconds = seconds_per_token(run.learner, x, y)
-    evaluation = evaluation_seconds(token_seconds, options, run.data)
+    x, y = batches.batch(run.step, run.device, run.processes)
+    _, token_seconds = run.processes.agree(seconds_per_token(run.learner, x, y))
+    evaluation = evaluation_seconds(token_seconds, options, run.data) / run.processes.world
     if options.minutes is not None:
         # a picture, a sample and a draft take a second
         run.reserved = min(1.5 + 1.3 * evaluation, 30 * options.minutes)
@@ -471,6 +533,7 @@ def look_ahead(run, batches, given):
     compile, forced = options.compile, "compile" in given
     if run.compiled is not None and not forced:
         compile = forced = run.compiled
+    _, seconds = run.processes.agree(seconds)
     if compile:
         maybe_compile(run.learner, x, y, forced, seconds)
     return evaluation
@@ -486,15 +549,17 @@ def sample_text(model, tokenizer, length, device):
     return whole_characters(tokenizer.decode(ids))
 
 
-def report(run, stop):
+def report(run, stop, finished):
     """The last words of a run: what was reached, a sample, and what to type next. Returns the exit status."""
     out = run.options.out_dir
-    if stop.number is not None and (run.progress() < 1 or run.due):
+    if stop.number is not None and not finished:
         run.save()
         run.saver.wait()
         print(f"stopped after step {run.step} and saved; go on with: python train.py --out_dir {out} --resume")
         return 128 + stop.number
     run.saver.wait()
+    if not run.processes.first:
+        return 0
     Draft.from_tokens(run.data.train).save(out)  # sample.py is faster with it
     print(f"best val loss {run.best:.4f} nats per token ({run.data.bits_per_byte(run.best):.3f} bits per byte)")
     print(f"a sample:\n{sample_text(run.model, run.data.tokenizer, 400, run.device)}\n")

@@ -185,6 +185,7 @@ def test_the_second_signal_leaves_at_once_with_its_status(monkeypatch):
     try:
         stop = train.StopSignal()
         signal.raise_signal(signal.SIGTERM)
+        stop.agree()
         assert (stop.number, left) == (signal.SIGTERM, [])
         signal.raise_signal(signal.SIGINT)
         assert left == [130]
