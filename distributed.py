@@ -12,10 +12,12 @@ all that is here does nothing.
 import contextlib
 import datetime
 import os
+import re
 import socket
 import sys
 import threading
 import time
+import uuid
 import warnings
 
 import torch
@@ -23,7 +25,7 @@ import torch.distributed as dist
 
 from utils import UserError, pick_device
 
-TOLD = "nanogpt/error"  # the key in torchrun's store under which a process says that it ends with an error
+TOLD = "error"  # the key in the store that they share under which a process says that it ends with an error
 LISTEN_SECONDS = 0.5  # how often the others look there
 PATIENCE = datetime.timedelta(minutes=30)  # for a process that is slow; one that has ended is noticed at once
 
@@ -127,6 +129,9 @@ class Processes:
             except RuntimeError:  # the store has gone, and torchrun with it
                 told = True
             if told and not self.left.is_set():
+                if self.first:
+                    print(file=sys.stderr)  # the end of the progress bar's line
+                time.sleep(2)  # torchrun names the process that ended first: let that be the one that failed
                 os._exit(2)
 
     def speaks(self):
@@ -140,9 +145,13 @@ class Processes:
                     break
                 time.sleep(0.1)
             self.left.set()  # it need not listen any more
-            return self.store.add(TOLD, 1) == 1
+            if self.store.add(TOLD, 1) != 1:
+                return False
         except RuntimeError:
             return False
+        if not self.first:
+            time.sleep(1.2 * LISTEN_SECONDS)  # until process 0 has closed its progress bar
+        return True
 
     def leave(self):
         """Wait for the others, then leave: until then none ends, which torchrun would take for the end of them all."""
@@ -171,7 +180,9 @@ def job():
             sys.stdout.flush()
             os._exit(2)
         if is_loss(error):
-            reason = str(error).strip().splitlines()[0][:100]
+            reason = re.sub(r"^\[[^]]*\] ", "", str(error).strip().splitlines()[0])[
+                :100
+            ]  # gloo begins with its own place
             raise UserError(
                 f"another process of this run has ended, or cannot be reached ({reason}); go on with --resume"
             ) from None
@@ -184,6 +195,7 @@ def join():
     """The Processes of torchrun's job, once all of them are there."""
     warnings.filterwarnings("ignore", module="torch.distributed")
     store, rank, world = next(dist.rendezvous("env://", timeout=PATIENCE))
+    store = dist.PrefixStore(meet(store, rank, world), store)
     processes = Processes(rank, world, int(os.environ.get("LOCAL_RANK", rank)), store)
     if not processes.first:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
@@ -191,6 +203,28 @@ def join():
     name_interface(os.environ["MASTER_ADDR"])
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=PATIENCE)
     return processes
+
+
+def meet(store, rank, world):
+    """A name for this start of the processes, which all of them get from process 0.
+
+    torchrun's store still holds what the processes wrote that it has started again: each start keeps to its own part.
+    """
+    if rank > 0:
+        ours = uuid.uuid4().hex
+        store.set(f"nanogpt/{rank}", ours)
+        name = store.get(f"nanogpt/to/{ours}").decode()  # waits for it
+        store.set(f"nanogpt/{name}/{rank}", "here")
+        return name
+    name, missing = uuid.uuid4().hex, set(range(1, world))
+    while missing:
+        for other in list(missing):
+            if store.check([f"nanogpt/{other}"]):  # it may be that of an earlier start, which another one will replace
+                store.set(f"nanogpt/to/{store.get(f'nanogpt/{other}').decode()}", name)
+            if store.check([f"nanogpt/{name}/{other}"]):
+                missing.discard(other)
+        time.sleep(0.02)
+    return name
 
 
 def name_interface(host):
