@@ -1,9 +1,9 @@
-"""The README's pictures, of a run in out_dir: its page in light and dark, in a headless Chromium, and its loss.
+"""The README's pictures, of a run in out_dir: its page in light and dark, in a headless Chromium, its loss, its layers.
 
     make train pictures
 
-writes page-light.webp, page-dark.webp and loss.png beside this file. The text in the page is drawn with a seed, and the
-token that is looked at is the most surprising one of the last hundred.
+writes page-light.webp, page-dark.webp, loss.png and lens.png beside this file. The text in the page is
+drawn with a seed, and of its last hundred tokens the one with most nearly three bits of surprise is looked at.
 """
 
 import base64
@@ -17,6 +17,7 @@ import torch
 from browser import Browser, NoChromium, find_chromium
 
 import export
+import inside
 import plots
 from checkpoint import METRICS, load_model
 from generate import generate
@@ -25,6 +26,7 @@ from utils import UserError, option, parse_options, run_command
 
 HERE = Path(__file__).resolve().parent
 PROMPT, NEW_TOKENS, SEED = "One morning", 420, 3
+SENTENCE = '"Good morning," said Mira the baker.'
 WIDTH, HEIGHT = 1400, 1000
 
 
@@ -40,8 +42,19 @@ def main(argv):
     model, tokenizer = load_model(options.out_dir)
     with open(os.path.join(options.out_dir, METRICS), encoding="utf-8") as f:
         plots.loss_curve([json.loads(line) for line in f]).savefig(HERE / "loss.png", dpi=90)
+    draw_lens(model, tokenizer)
     draw_page(model.eval(), tokenizer, options.out_dir)
     return 0
+
+
+def draw_lens(model, tokenizer):
+    """lens.png: the first guesses after each layer, along a sentence."""
+    labels = [tokenizer.decode([i]) for i in range(tokenizer.vocab_size)]
+    ids = tokenizer.encode(SENTENCE)
+    seen = inside.look(model, ids[None, :-1])
+    probs = torch.stack([inside.lens(model, x)[0].softmax(dim=-1) for x in seen.stream])  # (n_layer + 1, T, V)
+    pieces = [labels[i] for i in ids]
+    plots.logit_lens(probs, labels, pieces[:-1], pieces[1:]).savefig(HERE / "lens.png", dpi=90)
 
 
 def draw_page(model, tokenizer, out_dir):
@@ -62,8 +75,8 @@ def draw_page(model, tokenizer, out_dir):
         page = browser.open(path.as_uri(), WIDTH, HEIGHT)
         page.wait("!byId('run').disabled && !looking")
         page.evaluate(
-            "choose(state.tokens.reduce((best, {bits}, i) => i > state.tokens.length - 100"
-            " && (best < 0 || bits > state.tokens[best].bits) ? i : best, -1))"
+            """choose(state.tokens.length - 100 + state.tokens.slice(-100).map(({bits}) => Math.abs(bits - 3))
+                .reduce((best, far, i, all) => far < all[best] ? i : best, 0))"""
         )
         page.wait("!looking")
         for theme in ("light", "dark"):

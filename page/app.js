@@ -16,7 +16,7 @@ const BITS_PER_SHADE = data.header.config.vocab_size > 1000 ? 2 : 1; // more tok
 
 const state = {
   tokens: [], // [{id, piece, bits, start}]: bits of surprise, and where the window began in which it was predicted;
-  //             both null where it was not: the first token, and all that came too early for the window
+  //             both null for the first one, which nothing predicted
   history: [], // lists of tokens to go back to
   chosen: null, // the place of a token, or null: the one to come
   windowStart: 0, // what is before is no longer seen
@@ -335,8 +335,7 @@ function drawMoment() {
   for (const id of ["bars", "looks", "lens-body", "maps"]) byId(id).classList.toggle("empty", moment === null);
   if (moment === null) {
     if (chosen !== null) {
-      const why = chosen === 0 ? "The text begins with it, so nothing predicted it" : "It came too early for the window, so nothing predicted it";
-      byId("moment").replaceChildren(`${why}: choose a token further on.`);
+      byId("moment").replaceChildren("The text begins with it, so nothing predicted it: choose a token further on.");
     }
     return;
   }

@@ -20,13 +20,27 @@ const answers = {
     return { arithmetic: model.arithmetic.name, hasSimd: hasSimd() };
   },
 
-  /** The surprise of the tokens from position `from` on that lie in the window: [{position, bits, start}]. */
+  /**
+   * The surprise of the tokens from position `from` on: [{position, bits, start}]. Each is seen from half a window or
+   * more (fewer where the text has no more), as it would be in writing; start: where that window begins.
+   */
   read({ tokens, from }) {
     const found = [];
-    reader.nextLogits(tokens, Math.max(0, from - 1), (position, logits) => {
+    const note = (position, logits, { start }) => {
       const next = position + 1;
-      if (next < tokens.length) found.push({ position: next, bits: surprise(logits, tokens[next]), start: reader.start });
-    });
+      const isSeenWell = start === 0 || next - start >= half;
+      if (next < tokens.length && isSeenWell) found.push({ position: next, bits: surprise(logits, tokens[next]), start });
+    };
+    const half = Math.max(1, Math.floor(reader.block_size / 2));
+    const first = Math.max(1, from); // nothing predicts the very first token
+    reader.nextLogits(tokens, first - 1, (position, logits) => note(position, logits, reader));
+    const last = reader.start === 0 ? 0 : reader.start + half - 1; // of those that need another window
+    for (let next = first; next <= last; ) {
+      const start = Math.max(0, next - half);
+      const end = Math.min(start + reader.block_size, last);
+      lookBack.readWindow(tokens, start, end, next - 1, (position, logits) => note(position, logits, lookBack));
+      next = end + 1;
+    }
     return { found, start: reader.start };
   },
 

@@ -332,6 +332,22 @@ def test_a_place_that_left_the_window_is_seen_as_it_was(exported):
         assert bits == pytest.approx(token["bits"], abs=1e-3)
 
 
+def test_every_token_of_a_long_text_is_seen_from_half_a_window_or_more(exported):
+    each = exported("gpt-characters-float16")
+    text = each.tokenizer.encode(
+        "The miller had never seen the ferryman's goat, and the goat had never seen a mill. " * 2
+    )
+    found = each.answer("read", tokens=text.tolist(), **{"from": 0})["found"]
+    assert sorted(token["position"] for token in found) == list(range(1, len(text)))
+    for token in found:
+        position, start = token["position"], token["start"]
+        assert start < position <= start + 32 and position - start >= min(position, 16)
+        with torch.no_grad():
+            logits, _ = each.rounded(text[None, start:position])
+        bits = -float(logits[0, -1].log_softmax(0)[text[position]]) / math.log(2)
+        assert token["bits"] == pytest.approx(bits, abs=1e-3)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Each control does what it says
 
