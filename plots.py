@@ -129,6 +129,8 @@ def curves(lines, title, xlabel="step", levels=(), log_x=False):
         xs = next(iter(lines.values()))[0]
         axes.set_xscale("log", base=2)
         axes.set_xticks(xs, [str(x) for x in xs])
+    elif all(float(x).is_integer() for xs, _ in lines.values() for x in xs):
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set(xlabel=xlabel, title=title)
     axes.grid(alpha=0.25)
     if len(lines) > 1:
