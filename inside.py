@@ -172,7 +172,8 @@ def induction_scores(model, vocabulary, length=None, rows=16, seed=0):
     weight on the token that came after the same one in the first half; its mean is taken over tokens and rows.
     """
     length = length or model.config.block_size // 2
-    seen = look(model, repeated(vocabulary, length, rows, seed))
+    text = repeated(vocabulary, length, rows, seed)  # (rows, 2 * length)
+    seen = look(model, text.to(next(model.parameters()).device))
     # Row t, column t - length + 1, for t from length on: a diagonal (T - (length - 1) long) without its first entry.
     scores = [w.diagonal(1 - length, dim1=-2, dim2=-1)[..., 1:].mean(dim=(0, 2)) for w in seen.attention]
     return torch.stack(scores)
