@@ -567,7 +567,7 @@ class Lock:
             file.close()
             return
         try:
-            _lock(file)
+            lock_file(file)
         except OSError as error:
             owner = lock_owner(directory)
             if error.errno in NO_LOCKS:
@@ -610,7 +610,7 @@ class Lock:
         self.release()
 
 
-def _lock(file):
+def lock_file(file):
     """Lock an open file for this process. Raises OSError where another has locked it."""
     if os.name == "nt":
         import msvcrt

@@ -21,14 +21,16 @@ from typing import Optional
 
 import torch
 
-from corpus import pieces, read
+from corpus import pieces, read, size_of
 from distributed import ALONE
 from shards import SHARD_TOKENS, is_prepared, open_prepared, prepare
 from tokenizer import KINDS, OtherTokenizer, check_name, make_tokenizer, tokenizer_hash
-from utils import UserError, argument, option, parse_options, run_command
+from utils import UserError, argument, memory_of, option, parse_options, run_command
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The two splits
+
+BYTES_A_BYTE = 6  # of memory that loading takes: the text, its parts and splits, and its tokens
 
 
 @dataclass
@@ -80,11 +82,12 @@ def load_data(source, tokenizer=None, field="text"):
     tokenizer = "chars" if tokenizer is None else tokenizer
     if isinstance(tokenizer, str):
         check_name(tokenizer)
+    check_size(source)
     text = load_text(source, field)
     cut = int(0.9 * len(text))
     if isinstance(tokenizer, str):
         tokenizer = make_tokenizer(tokenizer, lambda: set(text), lambda: pieces([text[:cut]]))
-    train, val = (_compact(tokenizer.encode(part), tokenizer.vocab_size) for part in (text[:cut], text[cut:]))
+    train, val = (_encode(tokenizer, part) for part in (text[:cut], text[cut:]))
     if len(train) < 2 or len(val) < 2:
         raise UserError(f"--data {source}: has only {len(text)} character(s); a text needs at least 20 to train on")
     fingerprint = hashlib.sha256(text.encode()).hexdigest()[:16]
@@ -106,8 +109,22 @@ def load_prepared(source, tokenizer):
     return data
 
 
-def _compact(ids, vocab_size):
-    return ids.to(torch.uint8 if vocab_size <= 256 else torch.int16 if vocab_size <= 32768 else torch.int32)
+def _encode(tokenizer, text):
+    """The tokens of a text (N,), in the smallest integer type that holds them; by pieces, which takes less memory."""
+    V = tokenizer.vocab_size
+    dtype = torch.uint8 if V <= 256 else torch.int16 if V <= 32768 else torch.int32
+    parts = [tokenizer.encode(piece).to(dtype) for piece in pieces([text])]
+    return torch.cat(parts) if parts else torch.empty(0, dtype=dtype)
+
+
+def check_size(source):
+    """Raises UserError where a text is too large to be read into this machine's memory."""
+    size, memory = size_of(source) or 0, memory_of(torch.device("cpu"))
+    if memory is not None and size * BYTES_A_BYTE > memory:
+        raise UserError(
+            f"--data {source}: has {size / 2**30:.1f} GiB, more than fits in this machine's memory while it is "
+            f"tokenized; prepare it first: python data.py prepare {source} tokens --tokenizer bpe:32000"
+        )
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from distributed import ALONE
 from model import GPT, GPTConfig
 from modern import Modern, ModernConfig
 from tokenizer import OtherTokenizer, UnknownCharacters, load_tokenizer, tokenizer_hash
-from utils import UserError
+from utils import UserError, memory_of
 
 # What a modern model has for a default in place of TrainOptions'.
 MODERN = dict(learning_rate=4e-3, min_lr=0.0, warmup_iters=20, weight_decay=0.0, beta1=0.8, beta2=0.95)
@@ -90,15 +90,6 @@ def make_directory(options, lock):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Settings, model and text
-
-
-def memory_of(device):
-    """The bytes of memory that a GPU, or else the machine, has; None where the system does not tell."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory
-    if not hasattr(os, "sysconf"):  # Windows
-        return None
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def check_memory(options, vocab_size):

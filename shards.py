@@ -36,7 +36,8 @@ from corpus import PIECE, find_files, pieces, read, size_of
 from tokenizer import FILE, MOST_CHARACTERS, check_name, load_tokenizer, make_tokenizer, save_tokenizer, tokenizer_hash
 from utils import UserError, sync_directory, write_json
 
-MANIFEST = "prepared.json"
+MANIFEST, LOCK = "prepared.json", "prepare.lock"
+WRITTEN_FIRST = {MANIFEST, LOCK, FILE, "tokenizer_config.json"}  # before there is a manifest, or as a part of it
 MAGIC, VERSION = b"nanoGPT\n", 1
 HEADER = struct.Struct("<8sIIQQ32s32s32x")  # 128 bytes
 SHARD_TOKENS = 2**26  # 128 MiB of two bytes each: the most that a kill can cost
@@ -285,29 +286,40 @@ def prepare(source, out, tokenizer_name="chars", field="text", processes=None, s
     wanted = dict(
         source=source, field=field, tokenizer_name=tokenizer_name, shard_tokens=shard_tokens, files=_files(source)
     )
-    path = os.path.join(out, MANIFEST)
-    if os.path.exists(path):
-        manifest = _begun(out, wanted)
-    else:
-        ours = {FILE, "tokenizer_config.json"}  # written before the manifest
+    path, found = os.path.join(out, MANIFEST), None
+    if not os.path.exists(path):
         names = os.listdir(out) if os.path.isdir(out) else []
-        if any(name.replace(".tmp", "") not in {*ours, MANIFEST} for name in names):
+        if any(name.replace(".tmp", "") not in WRITTEN_FIRST for name in names):
             raise UserError(f"{out}: holds other files already; name a new directory")
-        measured, tokenizer = _measure(source, field, tokenizer_name)
+        found = _measure(source, field, tokenizer_name)
         os.makedirs(out, exist_ok=True)
-        save_tokenizer(out, tokenizer, 10**6)
-        manifest = dict(
-            format=VERSION,
-            **wanted,
-            **measured,
-            tokenizer=tokenizer_hash(tokenizer),
-            vocab_size=tokenizer.vocab_size,
-            shards=[],
-            complete=False,
-        )
-        write_json(path, manifest)
-    if not manifest["complete"]:
-        _tokenize(out, manifest, processes)
+    with _locked(out):
+        manifest = _begun(out, wanted) if os.path.exists(path) else _begin(out, wanted, *found)
+        if not manifest["complete"]:
+            _tokenize(out, manifest, processes)
+    return manifest
+
+
+@contextlib.contextmanager
+def _locked(out):
+    """Keeps other processes from preparing a text in the directory; ends with this one, however that ends."""
+    from checkpoint import NO_LOCKS, lock_file  # here, as reading shards needs nothing of it
+
+    with open(os.path.join(out, LOCK), "a") as f:
+        try:
+            lock_file(f)
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise UserError(f"{out}: another process is preparing a text there; wait for it") from None
+        yield
+
+
+def _begin(out, wanted, measured, tokenizer):
+    """The manifest of a text of which nothing is in tokens yet. The tokenizer is saved before it."""
+    save_tokenizer(out, tokenizer, 10**6)
+    own = dict(tokenizer=tokenizer_hash(tokenizer), vocab_size=tokenizer.vocab_size)
+    manifest = dict(format=VERSION, **wanted, **measured, **own, shards=[], complete=False)
+    write_json(os.path.join(out, MANIFEST), manifest)
     return manifest
 
 

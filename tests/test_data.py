@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import data as data_module
+from corpus import pieces
 from data import Batches, LargePermutation, ValidationBatches, load_data, load_text, validation_loss
 from tokenizer import train_bpe
 from utils import UserError
@@ -107,6 +108,24 @@ def test_tokens_are_kept_small_without_loss(tmp_path, vocab_size):
 def test_a_text_too_short_to_split_is_refused(tmp_path, text):
     with pytest.raises(UserError, match=rf"has only {len(text)} character"):
         load_data(write(tmp_path / "a.txt", text))
+
+
+def test_a_text_larger_than_memory_is_refused_with_the_remedy(tmp_path, monkeypatch):
+    path = write(tmp_path / "a.txt", TEXT * 10)
+    monkeypatch.setattr(data_module, "memory_of", lambda device: 6 * len((TEXT * 10).encode()) - 1)
+    with pytest.raises(UserError, match=f"prepare it first: python data.py prepare {path} tokens"):
+        load_data(path)
+    monkeypatch.setattr(data_module, "memory_of", lambda device: 6 * len((TEXT * 10).encode()))
+    load_data(path)
+
+
+@pytest.mark.parametrize("tokenizer", ["chars", "bytes", "bpe:300"])
+def test_a_text_of_several_pieces_is_one(tmp_path, tokenizer, monkeypatch):
+    path = write(tmp_path / "a.txt", TEXT * 50)
+    whole = load_data(path, tokenizer)
+    monkeypatch.setattr(data_module, "pieces", lambda parts: pieces(parts, 100))
+    parts = load_data(path, tokenizer)
+    assert torch.equal(whole.train, parts.train) and torch.equal(whole.val, parts.val)
 
 
 def test_the_fingerprint_tells_texts_apart(tmp_path):

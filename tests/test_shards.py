@@ -284,6 +284,13 @@ def test_kill_9_leaves_no_process_behind_and_the_same_command_goes_on(tmp_path):
     assert data.tokenizer.decode(data.val[:]) == (text * 20)[3_600_000:]
 
 
+def test_two_processes_do_not_prepare_one_directory(tmp_path, source):
+    prepare(source, str(tmp_path / "out"), "bytes", processes=1)
+    with shards._locked(str(tmp_path / "out")), pytest.raises(UserError, match="another process is preparing"):
+        prepare(source, str(tmp_path / "out"), "bytes", processes=1)
+    prepare(source, str(tmp_path / "out"), "bytes", processes=1)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Damage and what does not belong together
 
