@@ -63,6 +63,7 @@ class TextData:
 def load_text(source, field="text"):
     """The whole text of a source: a UTF-8 text file, or what else corpus.py reads. Raises UserError."""
     try:
+        check_size(source)
         text = "".join(read(source, field))
     except UserError as error:
         raise UserError(f"--data {error}") from None
@@ -82,7 +83,6 @@ def load_data(source, tokenizer=None, field="text"):
     tokenizer = "chars" if tokenizer is None else tokenizer
     if isinstance(tokenizer, str):
         check_name(tokenizer)
-    check_size(source)
     text = load_text(source, field)
     cut = int(0.9 * len(text))
     if isinstance(tokenizer, str):
@@ -122,7 +122,7 @@ def check_size(source):
     size, memory = size_of(source) or 0, memory_of(torch.device("cpu"))
     if memory is not None and size * BYTES_A_BYTE > memory:
         raise UserError(
-            f"--data {source}: has {size / 2**30:.1f} GiB, more than fits in this machine's memory while it is "
+            f"{source}: has {size / 2**30:.1f} GiB, more than fits in this machine's memory while it is "
             f"tokenized; prepare it first: python data.py prepare {source} tokens --tokenizer bpe:32000"
         )
 
