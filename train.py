@@ -18,7 +18,9 @@ import json
 import math
 import os
 import signal
+import socket
 import sys
+import threading
 import time
 from dataclasses import asdict, dataclass, replace
 from typing import Optional
@@ -167,19 +169,32 @@ def errors_in_words(options):
 
 
 class StopSignal:
-    """Turns Ctrl-C and SIGTERM into a request to stop after this step; a second one stops at once.
+    """Turns Ctrl-C and SIGTERM into a request to stop after this step; a second one leaves at once. Used as a context.
 
     number: the signal that has come to this process or another one, None before they have agreed on that.
+
+    Python itself looks at signals between two lines of its own alone, and two that come while PyTorch computes are one
+    to it. So the second is noticed elsewhere: in a thread, which the system tells of each one by a byte in a socket.
     """
 
     def __init__(self, processes=ALONE):
         self.processes, self.came, self.number = processes, 0, None
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._handle)
+        self.sockets = socket.socketpair()
+        self.sockets[1].setblocking(False)  # as set_wakeup_fd wants it
+        threading.Thread(target=self._leave_at_the_second, args=(self.sockets[0],), daemon=True).start()
+
+    def __enter__(self):
+        self.handlers = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
+        signal.set_wakeup_fd(self.sockets[1].fileno())
+        return self
+
+    def __exit__(self, *_):
+        signal.set_wakeup_fd(-1)
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+        self.sockets[1].close()  # which ends the thread
 
     def _handle(self, number, frame):
-        if self.came:
-            os._exit(128 + number)
         self.came = number
 
     def agree(self, *figures):
@@ -187,6 +202,14 @@ class StopSignal:
         came, *figures = self.processes.agree(*figures, signal=self.came)
         self.number = came or None
         return figures
+
+    @staticmethod
+    def _leave_at_the_second(signals):
+        came = 0
+        for [number] in iter(lambda: signals.recv(1), b""):
+            came += number in (signal.SIGINT, signal.SIGTERM)
+            if came == 2:
+                os._exit(128 + number)
 
     def until(self, items):
         """Yields the items; raises Stopped as soon as the signal has come."""
@@ -442,7 +465,7 @@ def train_until(at_end, options, given, processes):
     )
     evaluation = look_ahead(run, batches, given)
 
-    stop = StopSignal(processes)
+    stop = at_end.enter_context(StopSignal(processes))
     timed = options.minutes is not None
     bar = tqdm(  # closed before the last words, and before those of an error
         total=round(60 * options.minutes) if timed else options.max_iters,

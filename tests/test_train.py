@@ -10,6 +10,7 @@ import os
 import re
 import shutil
 import signal
+import subprocess
 import sys
 import time
 from dataclasses import fields
@@ -43,7 +44,6 @@ def make_options(**changes):
 @pytest.fixture
 def run(tmp_path, monkeypatch):
     """run(out_dir, **options) -> (exit status, the lines of its metrics.jsonl): a whole run in this process."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     monkeypatch.chdir(tmp_path)
     (tmp_path / "text.txt").write_text(TEXT, encoding="utf-8")
     monkeypatch.setattr(plan, "matmul_peak", lambda *_: 1e11)  # measuring it takes a second
@@ -54,9 +54,7 @@ def run(tmp_path, monkeypatch):
         status = train.train(options, {"data", "out_dir", *TINY, *changes} - set(not_given))
         return status, train.read_metrics(os.path.join(out_dir, "metrics.jsonl"))
 
-    yield go
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
+    return go
 
 
 def losses(metrics, key="train_loss"):
@@ -178,20 +176,38 @@ def test_a_run_stopped_in_an_evaluation_makes_that_first_when_it_goes_on(run, mo
         assert Path(out, "model.safetensors").read_bytes() == Path("unbroken/model.safetensors").read_bytes()
 
 
-def test_the_second_signal_leaves_at_once_with_its_status(monkeypatch):
-    left = []
-    monkeypatch.setattr(os, "_exit", left.append)
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        stop = train.StopSignal()
-        signal.raise_signal(signal.SIGTERM)
-        stop.agree()
-        assert (stop.number, left) == (signal.SIGTERM, [])
-        signal.raise_signal(signal.SIGINT)
-        assert left == [130]
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
+BUSY = """
+import hashlib, train
+with train.StopSignal() as stop:
+    print("ready", flush=True)
+    hashlib.pbkdf2_hmac("sha256", b"", b"", {rounds})
+    print(stop.came, flush=True)
+"""
+
+
+def busy(rounds, *signals):
+    """(exit status, what it printed) of a process that gets these signals within one call of a C function."""
+    command = [sys.executable, "-c", BUSY.format(rounds=rounds)]
+    with subprocess.Popen(command, cwd=Path(train.__file__).parent, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "ready\n"
+        for number in signals:
+            time.sleep(0.2)
+            process.send_signal(number)
+        return process.wait(60), process.stdout.read()
+
+
+@pytest.mark.skipif(os.name == "nt", reason="on Windows a process cannot be sent a Ctrl-C")
+@pytest.mark.parametrize("first", [signal.SIGINT, signal.SIGTERM])
+def test_the_second_signal_leaves_at_once_whatever_is_computed_and_the_first_waits_for_its_end(first):
+    assert busy(3_000_000, first) == (0, f"{int(first)}\n")
+    assert busy(2_000_000_000, first, signal.SIGINT) == (130, "")
+
+
+def test_after_a_run_signals_are_what_they_were_before(run):
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    assert run("out", max_iters=1)[0] == 0
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+    assert signal.set_wakeup_fd(-1) == -1
 
 
 def test_a_long_run_is_saved_between_its_evaluations_and_as_seldom_as_that_costs_1_percent(run, clock, monkeypatch):
