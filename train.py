@@ -59,7 +59,7 @@ from plan import (
     seconds_per_token,
     smaller_setting,
 )
-from tokenizer import KINDS, prompt_tokens, tokenizer_hash, whole_characters
+from tokenizer import prompt_tokens, tokenizer_hash, whole_characters
 from utils import (
     STARTED,
     UserError,
@@ -85,7 +85,9 @@ class TrainOptions:
 
     # what it reads and writes
     data: str = option("input.txt", "text to train on: a UTF-8 file, or any source that corpus.py and data.py list")
-    tokenizer: Optional[str] = option(None, f"{KINDS} (default: chars, which suits a small text)")
+    tokenizer: Optional[str] = option(
+        None, "chars (the default), bytes, bpe:N (as in bpe:4096), gpt2, or the path of a tokenizer.json"
+    )
     field: str = option("text", "field of .jsonl files, or column of tables, with the text")
     out_dir: str = option("out", "directory for the model, its metrics and its loss curve")
     resume: bool = option(False, "go on with the run in out_dir, with the settings it began with")
