@@ -16,6 +16,9 @@ import codecs
 import glob
 import json
 import os
+import sys
+
+from tqdm import tqdm
 
 from utils import UserError, missing_extra
 
@@ -77,6 +80,21 @@ def size_of(source):
     if source.startswith("hf:"):
         return None
     return sum(os.path.getsize(path) for path in find_files(source) if os.path.exists(path))
+
+
+def progress_bar(total, words, unit, initial=0):
+    """A bar with an ETA, for what takes seconds: it appears after one, and leaves nothing behind."""
+    return tqdm(
+        total=total,
+        initial=initial,
+        desc=words,
+        unit=unit,
+        unit_scale=True,
+        dynamic_ncols=True,
+        delay=1,
+        leave=False,
+        mininterval=0.2 if sys.stderr.isatty() else 10.0,  # rarely where the output goes to a file
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------

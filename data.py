@@ -21,10 +21,10 @@ from typing import Optional
 
 import torch
 
-from corpus import pieces, read, size_of
+from corpus import pieces, progress_bar, read, size_of
 from distributed import ALONE
 from shards import SHARD_TOKENS, is_prepared, open_prepared, prepare
-from tokenizer import KINDS, OtherTokenizer, check_name, make_tokenizer, tokenizer_hash
+from tokenizer import KINDS, OtherTokenizer, check_name, make_tokenizer, spread, tokenizer_hash
 from utils import UserError, argument, memory_of, option, parse_options, run_command
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -64,7 +64,8 @@ def load_text(source, field="text"):
     """The whole text of a source: a UTF-8 text file, or what else corpus.py reads. Raises UserError."""
     try:
         check_size(source)
-        text = "".join(read(source, field))
+        with progress_bar(size_of(source), "reading", "B") as bar:
+            text = "".join(read(source, field, bar.update))
     except UserError as error:
         raise UserError(f"--data {error}") from None
     if not text:
@@ -86,7 +87,7 @@ def load_data(source, tokenizer=None, field="text"):
     text = load_text(source, field)
     cut = int(0.9 * len(text))
     if isinstance(tokenizer, str):
-        tokenizer = make_tokenizer(tokenizer, lambda: set(text), lambda: pieces([text[:cut]]))
+        tokenizer = make_tokenizer(tokenizer, lambda: set(text), lambda: spread(pieces([text[:cut]]), cut))
     train, val = (_encode(tokenizer, part) for part in (text[:cut], text[cut:]))
     if len(train) < 2 or len(val) < 2:
         raise UserError(f"--data {source}: has only {len(text)} character(s); a text needs at least 20 to train on")

@@ -22,7 +22,6 @@ import json
 import multiprocessing
 import os
 import struct
-import sys
 import threading
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -30,10 +29,9 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
-from corpus import PIECE, find_files, pieces, read, size_of
-from tokenizer import FILE, MOST_CHARACTERS, check_name, load_tokenizer, make_tokenizer, save_tokenizer, tokenizer_hash
+from corpus import PIECE, find_files, pieces, progress_bar, read, size_of
+from tokenizer import FILE, check_name, load_tokenizer, make_tokenizer, save_tokenizer, spread, tokenizer_hash
 from utils import UserError, sync_directory, write_json
 
 MANIFEST, LOCK = "prepared.json", "prepare.lock"
@@ -107,26 +105,18 @@ def verify(path, count=lambda n: None):
         raise UserError(f"{path}: is damaged, its checksum does not match; {_remedy(path)}")
 
 
-def verify_all(paths):
-    """Raises UserError for the first damaged shard. Reads on all cores, with a bar where that takes seconds."""
-    total = sum(os.path.getsize(path) for path in paths)
-    with ThreadPoolExecutor() as threads, _bar(total, "checking", "B") as bar:
-        list(threads.map(lambda path: verify(path, bar.update), paths))
+def damage(paths):
+    """What is wrong with each of these shards: UserErrors, None for one that is whole. Reads on all cores."""
 
+    def found(path):
+        try:
+            verify(path, bar.update)
+        except UserError as error:
+            return error
 
-def _bar(total, words, unit, initial=0):
-    """A bar with an ETA, which appears after a second."""
-    return tqdm(
-        total=total,
-        initial=initial,
-        desc=words,
-        unit=unit,
-        unit_scale=True,
-        dynamic_ncols=True,
-        delay=1,
-        leave=False,
-        mininterval=0.2 if sys.stderr.isatty() else 10.0,
-    )
+    total = sum(os.path.getsize(path) for path in paths if os.path.exists(path))
+    with ThreadPoolExecutor() as threads, progress_bar(total, "checking", "B") as bar:
+        return list(threads.map(found, paths))
 
 
 class ShardWriter:
@@ -247,7 +237,8 @@ def open_prepared(source):
     if not paths["train"]:
         raise UserError(f"{source}: none of its shards of the train split was chosen; name train-*.bin, or {source}")
     if int(os.environ.get("LOCAL_RANK", "0")) == 0:
-        verify_all(paths["train"] + paths["val"])
+        for error in filter(None, damage(paths["train"] + paths["val"])):
+            raise error
     fingerprint = hashlib.sha256("".join(sums).encode()).hexdigest()[:16]
     return Shards(paths["train"]), Shards(paths["val"]), tokenizer, manifest["val_bytes"], fingerprint
 
@@ -343,13 +334,11 @@ def _begun(out, wanted):
     if tokenizer_hash(_saved_tokenizer(out)) != manifest["tokenizer"]:
         raise UserError(f"{os.path.join(out, FILE)}: is not the one it was begun with; name a new directory")
     whole = []
-    for shard in manifest["shards"]:
-        path = os.path.join(out, shard["file"])
-        try:
-            verify(path)
-            if Header.read(path).sha256.hex() != shard["sha256"]:
-                raise UserError(f"{path}: is another shard")
-        except UserError as error:
+    found = damage([os.path.join(out, shard["file"]) for shard in manifest["shards"]])
+    for shard, error in zip(manifest["shards"], found):
+        if error is None and Header.read(os.path.join(out, shard["file"])).sha256.hex() != shard["sha256"]:
+            error = f"{os.path.join(out, shard['file'])}: is another shard"
+        if error is not None:
             print(f"{str(error).split(';')[0]}; making it and those after it anew")
             break
         whole.append(shard)
@@ -361,7 +350,7 @@ def _begun(out, wanted):
 def _measure(source, field, name):
     """What must be known before the first token: ({characters, text_sha256}, tokenizer)."""
     characters, sha256, chars, size = 0, hashlib.sha256(), set(), size_of(source)
-    with _bar(size, "reading", "B") as bar:
+    with progress_bar(size, "reading", "B") as bar:
         for part in read(source, field, bar.update):
             characters += len(part)
             sha256.update(part.encode())
@@ -372,10 +361,8 @@ def _measure(source, field, name):
     cut = int(0.9 * characters)
 
     def texts():
-        every = max(1, cut // MOST_CHARACTERS)
         parts = _split(pieces(read(source, field), PIECE), cut)
-        train = (text for split, text in parts if split == "train")
-        return (text for i, text in enumerate(train) if i % every == 0)
+        return spread((text for split, text in parts if split == "train"), cut)
 
     return dict(characters=characters, text_sha256=sha256.hexdigest()), make_tokenizer(name, lambda: chars, texts)
 
@@ -394,7 +381,6 @@ def _split(texts, cut):
 
 def _tokenize(out, manifest, processes):
     """Write the shards that are not finished."""
-    itemsize = 2 if manifest["vocab_size"] <= 2**16 else 4
     total, shards = manifest["characters"], manifest["shards"]
     done = shards[-1]["end"] if shards else 0  # characters of the text that are in finished shards
     sha256, val_bytes = hashlib.sha256(), 0
@@ -410,43 +396,55 @@ def _tokenize(out, manifest, processes):
             if end > done:
                 yield split, end, text
 
-    writer, split_now = None, None
-
-    def finish(end):
-        nonlocal writer
-        writer.close()
-        h = writer.header
-        file = os.path.basename(writer.path)
-        shards.append(dict(file=file, split=split_now, tokens=h.count, sha256=h.sha256.hex(), end=end))
-        writer = None
-        write_json(os.path.join(out, MANIFEST), manifest)
-
-    try:
-        with _bar(total, "tokenizing", " characters", done) as bar, _Encoders(out, processes, total - done) as encoders:
-            last = done
-            for split, end, raw in encoders.run(texts(), itemsize):
-                if writer is not None and split != split_now:
-                    finish(last)
-                if writer is None:
-                    split_now = split
-                    number = sum(shard["split"] == split for shard in shards)
-                    path = os.path.join(out, f"{split}-{number:05d}.bin")
-                    tokenizer = bytes.fromhex(manifest["tokenizer"])
-                    writer = ShardWriter(path, itemsize, manifest["vocab_size"], tokenizer)
-                writer.add(raw)
-                bar.update(end - last)
-                last = end
-                if writer.header.count >= manifest["shard_tokens"]:
-                    finish(last)
-            if writer is not None:
-                finish(last)
-    finally:
-        if writer is not None:
-            writer.discard()
+    bar = progress_bar(total, "tokenizing", " characters", done)
+    with bar, _TextWriter(out, manifest, done) as writer, _Encoders(out, processes, total - done) as encoders:
+        for split, end, raw in encoders.run(texts(), writer.itemsize):
+            bar.update(end - writer.end)
+            writer.add(split, end, raw)
     if sha256.hexdigest() != manifest["text_sha256"]:
         raise UserError(f"{manifest['source']}: changed while it was read; delete {out} and begin again")
     manifest.update(val_bytes=val_bytes, complete=True)
     write_json(os.path.join(out, MANIFEST), manifest)
+
+
+class _TextWriter:
+    """Writes the tokens of a text into shards, and notes each finished one in the manifest. To be used as a context."""
+
+    def __init__(self, out, manifest, end):
+        self.out, self.manifest, self.end = out, manifest, end  # end: characters that are in tokens
+        self.itemsize = 2 if manifest["vocab_size"] <= 2**16 else 4
+        self.shard, self.split = None, None
+
+    def add(self, split, end, raw):
+        """The tokens of the text up to character `end`, as bytes. A shard is of one split, and ends where raw does."""
+        if self.shard is not None and split != self.split:
+            self._finish()
+        if self.shard is None:
+            number = sum(shard["split"] == split for shard in self.manifest["shards"])
+            path = os.path.join(self.out, f"{split}-{number:05d}.bin")
+            tokenizer = bytes.fromhex(self.manifest["tokenizer"])
+            self.shard, self.split = ShardWriter(path, self.itemsize, self.manifest["vocab_size"], tokenizer), split
+        self.shard.add(raw)
+        self.end = end
+        if self.shard.header.count >= self.manifest["shard_tokens"]:
+            self._finish()
+
+    def _finish(self):
+        self.shard.close()
+        file, h = os.path.basename(self.shard.path), self.shard.header
+        self.shard = None
+        noted = dict(file=file, split=self.split, tokens=h.count, sha256=h.sha256.hex(), end=self.end)
+        self.manifest["shards"].append(noted)
+        write_json(os.path.join(self.out, MANIFEST), self.manifest)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, traceback):
+        if self.shard is not None and error is None:
+            self._finish()
+        elif self.shard is not None:
+            self.shard.discard()
 
 
 class _Encoders:

@@ -11,6 +11,7 @@ tokenizer.json holds, in the format of Hugging Face's `tokenizers` library: tran
 
 import hashlib
 import json
+import math
 import os
 import sys
 
@@ -20,7 +21,7 @@ from utils import UserError, missing_extra, write_json
 
 FILE = "tokenizer.json"
 KINDS = "chars, bytes, bpe:N (N tokens, as in bpe:4096), gpt2, or the path of a tokenizer.json"
-MOST_CHARACTERS = 32_000_000  # of a longer text, byte pairs are counted on so many, from all of its parts
+MOST_CHARACTERS = 32_000_000  # of a longer text, byte pairs are counted in so many, from all of its parts
 SENTENCE = 2**14  # characters given to the trainer at once; it collects some hundred of them
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -184,6 +185,13 @@ def train_bpe(texts, vocab_size):
     )
     bpe.train_from_iterator(_sentences(texts), trainer)
     return LibraryTokenizer(bpe)
+
+
+def spread(texts, characters):
+    """Those of texts, which have so many characters together, to train on where they are more than MOST_CHARACTERS:
+    every second, say, or every tenth."""
+    every = max(1, math.ceil(characters / MOST_CHARACTERS))
+    return (text for i, text in enumerate(texts) if i % every == 0)
 
 
 def _sentences(texts):

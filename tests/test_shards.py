@@ -24,7 +24,9 @@ import bigram
 import data
 import sample
 import shards
+import tokenizer as tokenizer_module
 import train
+from corpus import pieces
 from data import Batches, load_data, validation_loss
 from shards import Shards, is_prepared, open_prepared, prepare, verify
 from tokenizer import CharTokenizer, load_tokenizer
@@ -59,6 +61,16 @@ def contents(directory):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # A prepared text is the text
+
+
+def test_byte_pairs_are_those_of_the_text_in_memory(small_pieces, source, tmp_path, monkeypatch):
+    """Where they are learned from some of its parts, too."""
+    monkeypatch.setattr(tokenizer_module, "MOST_CHARACTERS", 5000)
+    monkeypatch.setattr(data, "pieces", lambda parts: pieces(parts, 500))
+    prepare(source, str(tmp_path / "out"), "bpe:300", processes=1)
+    on_disk, in_memory = load_data(str(tmp_path / "out")), load_data(source, "bpe:300")
+    assert on_disk.tokenizer.spec() == in_memory.tokenizer.spec()
+    assert torch.equal(on_disk.train[:], in_memory.train.long())
 
 
 @pytest.mark.parametrize("tokenizer", ["chars", "bytes", "bpe:300"])

@@ -242,6 +242,13 @@ def test_byte_pairs_are_learned_from_a_bounded_part_of_the_text(monkeypatch):
     assert len(read) <= 11
 
 
+def test_the_parts_to_learn_from_are_spread_over_a_long_text(monkeypatch):
+    monkeypatch.setattr(module, "MOST_CHARACTERS", 1000)
+    texts = [f"{i:0100d}" for i in range(35)]
+    assert list(module.spread(texts, 3500)) == texts[::4]
+    assert list(module.spread(texts[:10], 1000)) == texts[:10] and list(module.spread(texts[:11], 1100)) == texts[:11:2]
+
+
 def test_half_a_surrogate_pair_is_named():
     with pytest.raises(UserError, match=r"without the character\(s\) '\\ud800' \(U\+D800\)"):
         ByteTokenizer().encode("a\ud800b")
