@@ -137,7 +137,7 @@ async function run() {
   while (isOn() && state.tokens.length < LONGEST) {
     const turn = performance.now();
     const speed = SPEEDS[byId("speed").value];
-    count += await (speed === Infinity ? write(1000, 50, isOn) : write(1, 0, isOn));
+    count += await (speed === Infinity ? write(1000, 100, isOn) : write(1, 0, isOn));
     if (!isOn()) break;
     look();
     await new Promise((resolve) => setTimeout(resolve, 1000 / speed - (performance.now() - turn)));
@@ -184,13 +184,23 @@ function drawText() {
       element.dataset.shade = surpriseShade(token.bits, BITS_PER_SHADE);
       element.title = `${label(token.id)}   ${percent(2 ** -token.bits)}, ${bitsInWords(token.bits)}`;
     }
+    element.classList.toggle("left-behind", same + i < leftBehind);
     drawn.push({ element, token });
     return element;
   });
   text.append(...fresh, nextMark);
-  drawn.forEach(({ element }, i) => element.classList.toggle("left-behind", i < state.windowStart));
+  drawWindow();
   drawChoice();
   if (atEnd) text.scrollTop = text.scrollHeight;
+}
+
+let leftBehind = 0; // so many tokens are faded, as the window has left them
+
+/** Fade what the window has left behind; of a long text only those few elements are touched that change. */
+function drawWindow() {
+  const [first, last] = [state.windowStart, leftBehind].sort((a, b) => a - b);
+  for (const { element } of drawn.slice(first, last)) element.classList.toggle("left-behind", state.windowStart > leftBehind);
+  leftBehind = state.windowStart;
 }
 
 /** Mark the chosen token. */
@@ -318,7 +328,7 @@ async function look() {
       state.moment = { ...found, tokens, position };
       if (chosen === null && tokens === state.tokens && state.windowStart !== found.start) {
         state.windowStart = found.start;
-        drawText();
+        drawWindow();
       }
     }
     drawMoment();

@@ -372,10 +372,12 @@ def test_step_run_pause_and_undo(page):
     assert page.text("#run") == "Run" and re.search(r"^\d+ tokens in [\d.]+ s, \d+ a second", page.text("#status"))
     time.sleep(0.2)
     assert page.evaluate("state.tokens.length") == length  # paused is paused
-    assert page.evaluate("document.querySelectorAll('#text .left-behind').length") > 0  # past the window
+    faded = page.evaluate("drawn.map(({ element }) => element.classList.contains('left-behind'))")
+    start = page.evaluate("state.windowStart")
+    assert faded == [True] * start + [False] * (length - start) and length - 32 <= start > 0  # past the window
     page.click("#undo")  # the whole run, then a step each
     settle(page)
-    assert text_of(page) == two_more
+    assert text_of(page) == two_more and page.evaluate("document.querySelectorAll('#text .left-behind').length") == 0
     page.click("#undo")
     page.click("#undo")
     settle(page)
@@ -667,6 +669,10 @@ def test_characters_of_several_tokens_are_shown_whole(exported, kind):
     assert page.evaluate("state.tokens.map(({ id }) => id)") == ids
     parts = page.evaluate("drawn.flatMap(({ element }, i) => element.className.includes('part') ? [i] : [])")
     assert len(parts) == len(ids) - len([i for i in range(len(ids)) if page.evaluate(f"state.tokens[{i}].piece")]) > 0
+    lefts = page.evaluate(
+        "bars.filter(row => !row.hidden).map(row => row.querySelector('.bar').getBoundingClientRect().x)"
+    )
+    assert len(lefts) == 12 and len(set(lefts)) == 1  # however long the names are
     page.click(f"#token-{parts[1]}")  # a part can be looked at too, and says which byte it is
     settle(page)
     assert page.evaluate("state.chosen") == parts[1] and "\u2039" in page.text("#moment")
