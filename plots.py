@@ -374,8 +374,10 @@ def coloured_tokens(rows, names, columns=76):
 def number_table(values, rows, columns, title):
     """A small table with its numbers in it, darker where they are larger. values: (R, C); rows, columns: labels."""
     R, C = len(rows), len(columns)
-    figure, axes = new_figure(0.55 * C + 1.2, 0.4 * R + 1.0)
     numbers = [[float(v) for v in row] for row in values]
+    written = [f"{v:.3g}" for row in numbers for v in row]
+    wide = 0.15 + 0.1 * max(map(len, [*columns, *written, "00"]))
+    figure, axes = new_figure(wide * C + 0.2 + 0.1 * max(map(len, rows)), 0.4 * R + 1.0)
     top = max(map(max, numbers)) or 1.0
     axes.imshow(numbers, cmap="Blues", vmin=0, vmax=top, aspect="auto")
     for a in range(R):
@@ -461,7 +463,7 @@ def beam_tree(levels, labels, prompt):
         letter = visible(labels[tokens[-1]])
         axes.text(x, y, letter, ha="center", va="center", fontsize=11, color=colour, bbox=box, zorder=order + 3)
     for rank, beam in enumerate(levels[-1]):
-        chance = f"{math.exp(beam.score):.2%}"
+        chance = f"{100 * math.exp(beam.score):.2g} %"
         axes.text(len(levels) + 0.5, rank, chance, va="center", fontsize=10, color=BLUE if rank == 0 else "black")
     axes.set(xlim=(-0.15 * len(prompt) - 0.3, len(levels) + 1.6), ylim=(max(map(len, levels)) - 0.4, -0.6))
     axes.set_title("the beams kept at each length, the likeliest on top", fontsize=11)

@@ -276,7 +276,7 @@ def test_a_beam_tree_joins_each_beam_to_the_one_that_it_extends():
         ((1, 2), (1, 0)): plots.BLUE,
         ((1, 2), (1, 1)): "black",
     }
-    assert [text.get_text() for text in axes.texts] == ["prompt", "a", "b", "a", "b", "36.00%", "30.00%"]
+    assert [text.get_text() for text in axes.texts] == ["prompt", "a", "b", "a", "b", "36 %", "30 %"]
     assert png(figure).startswith(b"\x89PNG")
 
 
