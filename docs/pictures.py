@@ -50,7 +50,7 @@ def main(argv):
 def draw_lens(model, tokenizer):
     """lens.png: the first guesses after each layer, along a sentence."""
     labels = [tokenizer.decode([i]) for i in range(tokenizer.vocab_size)]
-    ids = tokenizer.encode(SENTENCE)
+    ids = tokenizer.encode(SENTENCE)[: model.config.block_size + 1]
     seen = inside.look(model, ids[None, :-1])
     probs = torch.stack([inside.lens(model, x)[0].softmax(dim=-1) for x in seen.stream])  # (n_layer + 1, T, V)
     pieces = [labels[i] for i in ids]

@@ -1070,3 +1070,17 @@ def test_bench_page_prints_every_figure(command, run_directory, browser, monkeyp
         assert re.search(re.escape(title) + r" +[\d,]+\.\d\d ", result.out), title
     [found] = json.loads(Path("figures.json").read_text())["rounds"]
     assert set(found) == set(bench_page.FIGURES) and min(found.values()) > 0
+
+
+def test_the_readmes_pictures_can_be_drawn_anew(command, run_directory, browser, tmp_path, monkeypatch):  # noqa: F811
+    monkeypatch.syspath_prepend(str(ROOT / "docs"))
+    import pictures
+
+    monkeypatch.setattr(pictures, "HERE", tmp_path)
+    monkeypatch.setattr(pictures, "NEW_TOKENS", 120)
+    (run_directory / "metrics.jsonl").write_text('{"step": 1, "train_loss": 2.5, "val_loss": 2.5}\n')
+    assert command(pictures).status == 0
+    for name in ("page-light.webp", "page-dark.webp", "loss.png", "lens.png"):
+        signature = (tmp_path / name).read_bytes()[:12]
+        assert signature[8:] == b"WEBP" if name.endswith("webp") else signature.startswith(b"\x89PNG"), name
+        assert (ROOT / "docs" / name).stat().st_size < 200_000
