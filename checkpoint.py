@@ -6,6 +6,7 @@ A run's directory is a Hugging Face model directory that transformers reads as i
     tokenizer.json  tokenizer_config.json          the tokenizer
     state.pt                                       the newest state to resume from: weights, optimizer, random numbers
     state-STEP.pt                                  the states before it, in case that one is damaged
+    state.dcp/  state-STEP.dcp/                    the same of a sharded model (sharding.py), in place of a file
     run.lock                                       the process that trains here, or did so last
     metrics.jsonl  loss.png                        what train.py measured
     draft.safetensors                              counts of the text, with which sample.py is faster (draft.py)
@@ -22,6 +23,7 @@ import math
 import os
 import pickle
 import re
+import shutil
 import socket
 import time
 import warnings
@@ -33,8 +35,9 @@ from safetensors import SafetensorError, safe_open
 
 from model import GPT, GPTConfig
 from modern import Modern, ModernConfig
+from sharding import file_sum, write_tensors
 from tokenizer import load_tokenizer, save_tokenizer
-from utils import UserError, missing_extra, write_atomically, write_json
+from utils import UserError, missing_extra, sync_directory, write_atomically, write_json
 
 METRICS = "metrics.jsonl"
 MODERN_TYPE = "nanogpt-modern"  # in config.json, where a GPT has "gpt2"
@@ -145,9 +148,13 @@ def save_model(directory, model, tokenizer):
     write_model(directory, *model_files(model), tokenizer, model.config.block_size)
 
 
-def model_files(model):
-    """What config.json and model.safetensors hold of a model: a dict and tensors by name."""
-    return _modern_files(model) if isinstance(model, Modern) else _gpt2_files(model)
+def model_files(model, weights=None):
+    """What config.json and model.safetensors hold of a model: a dict and tensors by name.
+
+    weights: by name, of a model that does not have them itself because it is sharded.
+    """
+    weights = model.state_dict() if weights is None else weights
+    return (_modern_files if isinstance(model, Modern) else _gpt2_files)(model.config, weights)
 
 
 def write_model(directory, config, tensors, tokenizer, block_size, val_loss=None):
@@ -177,15 +184,14 @@ def saved_loss(directory):
     return None if loss is None else float(loss)
 
 
-def _modern_files(model):
+def _modern_files(config, weights):
     """The config.json and tensors of modern.py's model."""
-    tensors = {name: p.float().cpu().contiguous() for name, p in model.state_dict().items()}
-    return {"model_type": MODERN_TYPE, **asdict(model.config)}, tensors
+    tensors = {name: p.float().cpu().contiguous() for name, p in weights.items()}
+    return {"model_type": MODERN_TYPE, **asdict(config)}, tensors
 
 
-def _gpt2_files(model):
-    """The config.json and tensors of model.py's GPT, under Hugging Face's names."""
-    c = model.config
+def _gpt2_files(c, weights):
+    """The config.json and tensors of model.py's GPT, under Hugging Face's names. c: its GPTConfig."""
     config = {
         "architectures": ["GPT2LMHeadModel"],
         "model_type": "gpt2",
@@ -206,7 +212,7 @@ def _gpt2_files(model):
         "bias": c.bias,  # ours; Hugging Face's GPT-2 always has biases, and gets zeros for the ones we leave out
     }
     tensors = {}
-    for name, p in model.state_dict().items():
+    for name, p in weights.items():
         if name != "lm_head.weight":  # tied to transformer.wte.weight
             tensors[name] = (p.t() if name.endswith(TRANSPOSED) else p).float().cpu().contiguous()
             if not c.bias and not name.endswith(("wte.weight", "wpe.weight")):
@@ -365,7 +371,8 @@ def find_on_hub(name, files=("config.json", "model.safetensors", "tokenizer.json
 # The state of a run
 
 
-STATE = "state.pt"
+STATE, SHARDS = "state.pt", "state.dcp"  # a state is a file, or of a sharded model a directory
+REST = "rest.pt"  # in that directory, what is in no shard, with a checksum of each other file
 FORMAT = 2  # of a state; the first one had no checksum
 SEAL = re.compile(rb"step (\d{12}) sha256 ([0-9a-f]{64})\n")  # the last bytes of a state
 SEAL_BYTES, DIGEST_BYTES = 90, 65  # in all, and of that the checksum, which is of everything before it
@@ -380,9 +387,15 @@ def holds_run(directory):
 def state_files(directory):
     """The paths of the states in a directory, from the newest to the oldest."""
     names = os.listdir(directory) if os.path.isdir(directory) else []
-    earlier = [name for name in names if re.fullmatch(r"state-\d+\.pt", name)]
-    earlier.sort(key=lambda name: int(name[6:-3]), reverse=True)
-    return [os.path.join(directory, name) for name in [STATE] * (STATE in names) + earlier]
+    newest = [name for name in (STATE, SHARDS) if name in names]
+    earlier = [name for name in names if _step_in(name) is not None]
+    return [os.path.join(directory, name) for name in newest + sorted(earlier, key=_step_in, reverse=True)]
+
+
+def _step_in(path):
+    """The step in the name of an earlier state, else None."""
+    named = re.fullmatch(r"state-(\d+)\.(pt|dcp)", os.path.basename(path))
+    return named and int(named[1])
 
 
 def snapshot(content):
@@ -417,14 +430,58 @@ def save_state(directory, state, keep=1):
 
     def write(temporary):
         _write_state(temporary, {**state, "format": FORMAT}, step)
-        earlier = _whole_step(path)
-        if keep > 1 and earlier is not None:
-            os.replace(path, os.path.join(directory, f"state-{earlier}.pt"))
+        _set_aside(directory, path if keep == 1 else None)
 
     write_atomically(path, write)
-    earlier = [path for path in state_files(directory) if os.path.basename(path) != STATE]
-    later = [path for path in earlier if int(os.path.basename(path)[6:-3]) >= step]  # damaged, or of a dropped future
+    _remove_earlier(directory, step, keep)
+
+
+def save_shards(directory, tensors, state, keep, processes):
+    """save_state for a sharded model: tensors, of which each process has its parts, and all else in process 0.
+
+    All processes call it. Their parts and the rest are written into a new directory, which then gets its name.
+    """
+    path, temporary, step = os.path.join(directory, SHARDS), os.path.join(directory, f"{SHARDS}.tmp"), None
+    sums = write_tensors(temporary, tensors, processes)
+    if processes.first:
+        step = state["counters"]["step"]
+        rest = {**state, "format": FORMAT, "files": sums}
+        write_atomically(os.path.join(temporary, REST), lambda path: _write_state(path, rest, step))
+        _set_aside(directory)
+        os.replace(temporary, path)
+        sync_directory(directory)
+        _remove_earlier(directory, step, keep)
+
+
+def _set_aside(directory, replaced=None):
+    """Name the newest state by its step, to make room for a newer one. One that is damaged goes.
+
+    replaced: the path of one that the newer will replace in any case.
+    """
+    for path in (os.path.join(directory, name) for name in (STATE, SHARDS)):
+        if not os.path.exists(path) or path == replaced:
+            continue
+        step = _whole_step(path)
+        if step is None:
+            _remove(path)
+        else:
+            named = os.path.join(directory, f"state-{step}{os.path.splitext(path)[1]}")
+            _remove(named)  # a crash may have left it
+            os.replace(path, named)
+
+
+def _remove_earlier(directory, step, keep):
+    """Of the states before the newest, which is of `step`, leave keep - 1."""
+    earlier = [path for path in state_files(directory) if _step_in(path) is not None]
+    later = [path for path in earlier if _step_in(path) >= step]  # damaged, or of a dropped future
     for path in later + [path for path in earlier if path not in later][keep - 1 :]:
+        _remove(path)
+
+
+def _remove(path):
+    if os.path.isdir(path):
+        shutil.rmtree(path)
+    elif os.path.exists(path):
         os.remove(path)
 
 
@@ -459,7 +516,11 @@ class _Summed:
 
 
 def _whole_step(path):
-    """The step of the state in a file whose checksum is right. None where it is wrong, or there is no such thing."""
+    """The step of the state in a file whose checksum is right. None where it is wrong, or there is no such thing.
+
+    Of a directory, the file that was written last counts.
+    """
+    path = os.path.join(path, REST) if os.path.isdir(path) else path
     try:
         with open(path, "rb") as f:
             size = f.seek(0, os.SEEK_END)
@@ -499,7 +560,17 @@ def load_state(directory):
 
 
 def _read_state(path):
-    """The state in a file. Raises UserError where it is damaged or something else."""
+    """The state in a file or directory. Raises UserError where it is damaged or something else.
+
+    That of a directory names it as "shards": what is there is read by sharding.read_tensors.
+    """
+    if os.path.isdir(path):
+        state = _read_state(os.path.join(path, REST))
+        for name, sha256 in state.pop("files").items():
+            file = os.path.join(path, name)
+            if not os.path.exists(file) or file_sum(file) != sha256:
+                raise UserError(f"{file}: is damaged, its checksum does not match")
+        return {**state, "shards": path}
     whole = _whole_step(path) is not None
     state = _load_torch(path)  # it may have been written before there were checksums, and names other damage better
     if not isinstance(state, dict) or not {"options", "counters", "model", "optimizers"} <= set(state):

@@ -39,6 +39,7 @@ class Processes:
     def __init__(self, rank=0, world=1, local_rank=0, store=None):
         self.rank, self.world, self.local_rank, self.store = rank, world, local_rank, store
         self.group = None  # those that average gradients, by NCCL between GPUs; what else they say goes by gloo
+        self.saving = None  # the same ones for a thread that writes beside the training: what it says does not mix
         self.left = threading.Event()
 
     @property
@@ -71,6 +72,7 @@ class Processes:
         """Get ready to average gradients on this device."""
         if self.world > 1:
             self.group = dist.new_group(backend="nccl") if device.type == "cuda" else dist.group.WORLD
+            self.saving = dist.new_group(backend="gloo")
 
     # -- what they tell each other; all of them must ask at the same point of the run
 
@@ -131,8 +133,7 @@ class Processes:
             if told and not self.left.is_set():
                 if self.first:
                     print(file=sys.stderr)  # the end of the progress bar's line
-                time.sleep(2)  # torchrun names the process that ended first: let that be the one that failed
-                os._exit(2)
+                end_after_the_speaker()
 
     def speaks(self):
         """Is it this process that tells of the error which it has? One does, the others end quietly.
@@ -177,8 +178,7 @@ def job():
         if processes.world == 1:
             raise
         if not processes.speaks():
-            sys.stdout.flush()
-            os._exit(2)
+            end_after_the_speaker()
         if is_loss(error):
             reason = re.sub(r"^\[[^]]*\] ", "", str(error).strip().splitlines()[0])[
                 :100
@@ -189,6 +189,13 @@ def job():
         if isinstance(error, UserError) and not processes.first:
             raise UserError(f"process {processes.rank} on {socket.gethostname()}: {error}") from None
         raise
+
+
+def end_after_the_speaker():
+    """End quietly, but not before the process that tells of its error: at the first end torchrun stops all others."""
+    sys.stdout.flush()
+    time.sleep(3)
+    os._exit(2)
 
 
 def join():

@@ -11,6 +11,7 @@ import torch
 
 from distributed import ALONE
 from model import dice
+from sharding import by_whole_matrices, is_sharded, own, read_tensors, spread, whole
 from utils import UserError, autocast, has_bfloat16
 
 
@@ -43,6 +44,7 @@ class Muon(getattr(torch.optim, "Muon", object)):  # PyTorch 2.9
     Matrices of one shape are stacked: one product for all of them instead of one for each. And the polynomial that
     brings the singular values to 1 differs from step to step (POLAR_EXPRESS) where torch.optim.Muon has one for all.
     Like the fused AdamW it changes nothing where found_inf, a tensor on its device, is 1 (Learner.update sets it).
+    Of a sharded matrix each process changes its own rows, but makes orthogonal the whole, which it gets from all.
     """
 
     _step_supports_amp_scaling = True  # PyTorch's name for an optimizer that heeds found_inf
@@ -57,19 +59,20 @@ class Muon(getattr(torch.optim, "Muon", object)):  # PyTorch 2.9
                 if p.grad is not None:
                     of_shape.setdefault(p.shape, []).append(p)
             for (rows, columns), weights in of_shape.items():
-                grads = [p.grad for p in weights]
+                grads = [own(p.grad) for p in weights]
                 for p in weights:
                     if "momentum_buffer" not in self.state[p]:
                         self.state[p]["momentum_buffer"] = torch.zeros_like(p)
-                means = [self.state[p]["momentum_buffer"] for p in weights]
+                means = [own(self.state[p]["momentum_buffer"]) for p in weights]
                 if self.found_inf is not None:  # then bad gradients are replaced by their mean, which stays as it is
                     grads = [torch.where(good > 0, grad, mean) for mean, grad in zip(means, grads)]
                 torch._foreach_lerp_(means, grads, 1 - group["momentum"])
                 updates = torch._foreach_lerp(grads, means, group["momentum"])  # Nesterov's momentum
-                updates = orthogonal(torch.stack(updates)) * good
-                torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"] * good)
+                updates = by_whole_matrices(orthogonal, torch.stack(updates), weights[0]) * good
+                ours = [own(p) for p in weights]
+                torch._foreach_mul_(ours, 1 - group["lr"] * group["weight_decay"] * good)
                 lr = group["lr"] * math.sqrt(max(1, rows / columns))
-                torch._foreach_add_(weights, updates.to(weights[0].dtype).unbind(), alpha=-lr)
+                torch._foreach_add_(ours, list(updates.to(ours[0].dtype).unbind()), alpha=-lr)
 
 
 # The polynomials a x + b x^3 + c x^5 that, one after the other, bring numbers between 0.001 and 1 nearest to 1, with a
@@ -129,7 +132,8 @@ class Learner:
 
     Several processes have the same weights, and average the gradients of their shares of the batch: by PyTorch's
     DistributedDataParallel while the backward pass is still at work, or, where a bfloat16 copy computes, in one message
-    behind it: DistributedDataParallel would add up and average in bfloat16.
+    behind it: DistributedDataParallel would add up and average in bfloat16. A sharded model (sharding.py) computes in
+    its number format by itself, and averages the gradients of each part.
     """
 
     def __init__(self, model, options, device, dtype, processes=ALONE):
@@ -140,11 +144,12 @@ class Learner:
         Scaler = getattr(torch.amp, "GradScaler", None) or torch.cuda.amp.GradScaler  # torch.amp's: PyTorch 2.3
         self.scaler = Scaler(enabled=dtype == torch.float16)
         self.weights = list(model.parameters())
-        self.copied = device.type == "cpu" and dtype == torch.bfloat16
+        self.sharded = is_sharded(model)
+        self.copied = device.type == "cpu" and dtype == torch.bfloat16 and not self.sharded
         self.worker = copy.deepcopy(model).to(dtype) if self.copied else model
         self.copies = list(self.worker.parameters())
         self.averaging = None  # the DistributedDataParallel, where there is one
-        if processes.world > 1 and not self.copied:
+        if processes.world > 1 and not self.copied and not self.sharded:
             self.averaging = averaging(model, processes)
         self.uncompiled = self.averaging or self.worker
         self.compute = self.uncompiled  # may be replaced by torch.compile(self.uncompiled)
@@ -171,7 +176,7 @@ class Learner:
 
     def loss(self, x, y):
         """The loss of windows x, y (B, T), with its graph."""
-        if self.copied:
+        if self.copied or self.sharded:
             return self.compute(x, y)[1]
         with autocast(self.device, self.dtype):
             return self.compute(x, y)[1]
@@ -215,7 +220,7 @@ class Learner:
             self.scaler.unscale_(optimizer)
             for group, lr in zip(optimizer.param_groups, highest):
                 group["lr"] = lr * lr_share
-        norm = torch.nn.utils.clip_grad_norm_(self.weights, self.options.grad_clip or float("inf"))
+        norm = whole(torch.nn.utils.clip_grad_norm_(self.weights, self.options.grad_clip or float("inf")))
         self.update((total + norm).isfinite())
         self.scaler.update()
         if self.copied:
@@ -240,7 +245,7 @@ class Learner:
         Of several processes, each with its own windows, all get the mean of the gradients and losses.
         """
         total = 0.0
-        if self.averaging is None:
+        if self.averaging is None and not self.sharded:
             for loss, gradients in self.part_gradients(x, y):
                 total = total + loss
                 self._add(gradients)
@@ -249,7 +254,7 @@ class Learner:
             parts = self.parts(x, y)
             for n, (a, b, share) in enumerate(parts, 1):
                 last = n == len(parts)  # it averages what all have added up
-                with contextlib.nullcontext() if last else self.averaging.no_sync():
+                with contextlib.nullcontext() if last or self.sharded else self.averaging.no_sync():
                     loss = self.loss(a, b) * share
                     self.scaler.scale(loss).backward()
                 total = total + loss.detach()
@@ -275,14 +280,34 @@ class Learner:
             low.copy_(weight)
 
     def state_dict(self):
-        """What a resumed run needs: the float32 weights, the optimizers' memory, the scaler, the steps skipped."""
-        optimizers, scaler = [o.state_dict() for o in self.optimizers], self.scaler.state_dict()
-        return dict(model=self.model.state_dict(), optimizers=optimizers, scaler=scaler, skipped=self.skipped)
+        """What a resumed run needs: the float32 weights, the optimizers' memory, the scaler, the steps skipped.
+
+        Of a sharded model without the tensors, which are those of sharding.learned.
+        """
+        model, optimizers = self.model.state_dict(), [o.state_dict() for o in self.optimizers]
+        if self.sharded:
+            model, optimizers = {}, [{**saved, "state": {}} for saved in optimizers]
+        return dict(model=model, optimizers=optimizers, scaler=self.scaler.state_dict(), skipped=self.skipped)
 
     def load_state_dict(self, state):
-        self.model.load_state_dict(state["model"])
-        for optimizer, saved in zip(self.optimizers, state["optimizers"]):
-            optimizer.load_state_dict(saved)
+        """Go back to a state: of this number of processes or another, sharded or not. Raises UserError."""
+        of_each = [[p for group in o.param_groups for p in group["params"]] for o in self.optimizers]
+        memories = [saved["state"] for saved in state["optimizers"]]
+        if "shards" in state:
+            memories = read_tensors(state["shards"], self.model, of_each)
+        elif self.sharded:
+            named = dict(self.model.named_parameters())
+            for name, tensor in spread(state["model"], named).items():
+                if name in named:
+                    named[name].data.copy_(tensor)
+            memories = [
+                {i: spread(kept, dict.fromkeys(kept, weights[i])) for i, kept in memory.items()}
+                for memory, weights in zip(memories, of_each)
+            ]
+        else:
+            self.model.load_state_dict(state["model"])
+        for optimizer, saved, memory in zip(self.optimizers, state["optimizers"], memories):
+            optimizer.load_state_dict({**saved, "state": memory})
         self.scaler.load_state_dict(state["scaler"])
         if "skipped" in state:  # not in states of before there was such a count
             self.skipped = state["skipped"].to(self.device)

@@ -36,6 +36,7 @@ from checkpoint import (
     Saver,
     lock_owner,
     model_files,
+    save_shards,
     save_state,
     saved_loss,
     snapshot,
@@ -59,6 +60,7 @@ from plan import (
     seconds_per_token,
     smaller_setting,
 )
+from sharding import check_shard, copies, learned, shard, whole_weights
 from tokenizer import prompt_tokens, tokenizer_hash, whole_characters
 from utils import (
     STARTED,
@@ -140,6 +142,7 @@ class TrainOptions:
     )
     compile: bool = option(True, "compile the model; left to the default, only where it earns back its time")
     gradient_checkpointing: bool = option(False, "compute activations again in the backward pass, to save memory")
+    shard: bool = option(False, "spread weights, gradients and optimizer over torchrun's processes (PyTorch 2.6)")
 
 
 def main(argv):
@@ -282,24 +285,38 @@ class Run:
         """
         start = time.perf_counter()
         self.saver.wait()
-        state = self.state()
-        if not self.processes.first:
-            return
-        state = snapshot(state)
         best = best or self.best == math.inf  # before the first evaluation the newest weights are the best there are
-        model = snapshot(model_files(self.model)) if best else None
-        self.saver.start(lambda: self._write(state, model))
+        state, model, tensors = self.state(), None, None
+        if self.learner.sharded:
+            tensors = copies(learned(self.learner), self.processes)
+            weights = whole_weights(self.model, self.processes) if best else None
+        else:
+            weights = self.model.state_dict() if best else None
+        if self.processes.first:
+            state = snapshot(state)
+            model = snapshot(model_files(self.model, weights)) if best else None
+        self.saver.start(lambda: self._write(state, model, tensors))
         self.saved, self.copying = self.seconds, time.perf_counter() - start
 
-    def _write(self, state, model):
-        """The weights first: should a crash leave them newer than the state, saved_loss knows."""
+    def _write(self, state, model, tensors):
+        """The weights first: should a crash leave them newer than the state, saved_loss knows.
+
+        tensors: those of a sharded model, of which each process writes its own; all else is written by the first one.
+        """
+        if self.processes.first:
+            self._write_first(state, model)
+        if tensors is not None:
+            save_shards(self.options.out_dir, tensors, state, self.options.keep, self.processes)
+        elif self.processes.first:
+            save_state(self.options.out_dir, state, self.options.keep)
+
+    def _write_first(self, state, model):
         out, counters = self.options.out_dir, state["counters"]
         if model is not None:
             loss = counters["best"] if counters["best"] < math.inf else None
             write_model(out, *model, self.data.tokenizer, self.model.config.block_size, loss)
         with open(self.path, "rb+") as f:
             os.fsync(f.fileno())  # the lines up to this state are then as durable as it is
-        save_state(out, state, self.options.keep)
 
     def save_is_due(self):
         """Is it time to save the run, where no evaluation does?"""
@@ -344,7 +361,7 @@ class Run:
 
         progress: may wrap the batches of the val split; the Stopped that it raises leaves the evaluation due.
         """
-        with autocast(self.device, self.dtype):
+        with autocast(self.device, torch.float32 if self.learner.sharded else self.dtype):
             o = self.options
             loss = validation_loss(
                 self.model, self.data.val, o.batch_size, o.eval_iters, self.device, progress, self.processes
@@ -450,11 +467,14 @@ def train_until(at_end, options, given, processes):
         dtype = pick_dtype(options.dtype, device)
         options, model, data = begin(options, given, device, dtype, processes)
     check_windows(options, processes.world)
+    check_shard(options, dtype)
     batches = data.batches(options.batch_size * options.gradient_accumulation_steps, options.block_size, options.seed)
     model.gradient_checkpointing = options.gradient_checkpointing
     model.to(device).train()
     if processes.first:
         make_directory(options, lock)
+    if options.shard and processes.world > 1:
+        shard(model, device, dtype, processes)
     run = Run(options, model, data, device, dtype, saver, processes)
     if options.resume:
         run.restore(state)
@@ -583,9 +603,10 @@ def report(run, stop, finished):
         print(f"stopped after step {run.step} and saved; go on with: python train.py --out_dir {out} --resume")
         return 128 + stop.number
     run.saver.wait()
-    if not run.processes.first:
+    if run.processes.first:
+        Draft.from_tokens(run.data.train).save(out)  # sample.py is faster with it
+    elif not run.learner.sharded:  # else its part of the weights is needed for the sample
         return 0
-    Draft.from_tokens(run.data.train).save(out)  # sample.py is faster with it
     print(f"best val loss {run.best:.4f} nats per token ({run.data.bits_per_byte(run.best):.3f} bits per byte)")
     print(f"a sample:\n{sample_text(run.model, run.data.tokenizer, 400, run.device)}\n")
     print(f"model: {out}/  loss curve: {out}/loss.png  write more: python sample.py --out_dir {out}")
