@@ -61,6 +61,7 @@ class Place:
     peak: float  # FLOP/s of the device's matrix products
     here: bool  # is it this machine, where a step can be timed?
     memory: Optional[float] = None  # bytes of the device's memory, where that is known
+    shard: bool = False  # is the model spread over the processes (sharding.py)?
 
     @property
     def item(self):
@@ -69,8 +70,8 @@ class Place:
 
     @property
     def stream(self):
-        """Bytes of a number in the residual stream: under autocast that stays in float32."""
-        return self.item if self.device.type == "cpu" else 4
+        """Bytes of a number in the residual stream: under autocast, which only a GPU's whole model has, float32."""
+        return self.item if self.device.type == "cpu" or self.shard else 4
 
     @property
     def mask(self):
@@ -85,7 +86,8 @@ def find_place(options, given):
         device = pick_device(options.device)
         dtype = pick_dtype(options.dtype, device)
         name = f"this machine ({device.type}, {str(dtype)[6:]})"
-        return Place(name, device, dtype, processes, matmul_peak(device, dtype), True, memory_of(device))
+        peak = matmul_peak(device, dtype)
+        return Place(name, device, dtype, processes, peak, True, memory_of(device), options.shard and processes > 1)
     if "device" in given:
         raise UserError(
             f"--device {options.device} and --peak {options.peak}: two places to plan for; give one of them"
@@ -101,7 +103,8 @@ def find_place(options, given):
             raise UserError(f"--peak {options.peak}: wants one of {', '.join(GPUS)}, or FLOP/s such as 312e12")
     dtype = options.dtype or dtype
     name = f"{options.peak} ({peak / 1e12:,.0f} TFLOP/s, {dtype})"
-    return Place(name, torch.device("cuda"), getattr(torch, dtype), processes, peak, False, memory)
+    device, shard = torch.device("cuda"), options.shard and processes > 1
+    return Place(name, device, getattr(torch, dtype), processes, peak, False, memory, shard)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -146,7 +149,10 @@ def micro_batch(options, place):
     if place.device.type != "cpu":
         return rows, 1
     rows = min(rows, max(1, 1024 // options.block_size))
-    return rows, 1 if options.gradient_checkpointing else min(math.ceil(windows / rows), torch.get_num_threads())
+    by_threads = place.processes == 1 or (place.item == 2 and not place.shard)  # else PyTorch averages by itself
+    if options.gradient_checkpointing or not by_threads:
+        return rows, 1
+    return rows, min(math.ceil(windows / rows), torch.get_num_threads())
 
 
 def layer_bytes(config, place):
@@ -198,6 +204,13 @@ def evaluation_bytes(config, tokens, place):
     return tokens * max(layer * C, 2 * 4 * C + logits * config.vocab_size)
 
 
+def gathered_bytes(model, item):
+    """What a sharded model has whole at one time: a layer, the next one on its way, and what belongs to no layer."""
+    layers = model.layers if isinstance(model, Modern) else model.transformer.h
+    layer = sum(p.numel() for p in layers[0].parameters())
+    return item * (min(2, len(layers)) * layer + sum(p.numel() for p in model.parameters()) - len(layers) * layer)
+
+
 def resident_bytes():
     """The memory that this process takes now, in bytes; 0 where the system does not tell."""
     try:
@@ -216,14 +229,24 @@ def memory(model, options, place, data):
     rows, at_once = micro_batch(options, place)
     weights, means = weight_bytes(model)
     products = weights * item // 4
-    name = str(place.dtype)[6:]
+    name, copied = str(place.dtype)[6:], item == 2 and not place.shard
+    kept_by = "float32"
+    if place.shard:
+        gathered = gathered_bytes(model, item)
+        weights, means, kept_by = (
+            weights / place.processes,
+            means / place.processes,
+            f"float32, 1 of {place.processes} parts",
+        )
     always = [
         ("Python and PyTorch", resident_bytes(), "now") if on_cpu else ("CUDA itself", CUDA_BYTES, "about"),
-        ("weights", weights, "float32"),
+        ("weights", weights, kept_by),
         ("optimizer", means, "Muon, AdamW" if isinstance(model, Modern) else "AdamW: two means of each weight"),
     ]
-    if item == 2:
+    if copied:
         always.append(("weights for the products", products, name))
+    if place.shard:
+        always.append(("weights gathered", gathered, f"{name}, of two layers and of all that is in none"))
     if data is not None:
         batch = options.batch_size * options.gradient_accumulation_steps * options.block_size
         size = data.train.nbytes + data.val.nbytes + 3 * 8 * batch
@@ -231,15 +254,17 @@ def memory(model, options, place, data):
     tokens, times = rows * config.block_size, f"{at_once} x " if at_once > 1 else ""
     kept = activation_bytes(config, tokens, place, options.gradient_checkpointing)
     step = [
-        ("gradients", weights, "float32"),
+        ("gradients", weights, kept_by),
         ("activations", at_once * kept, f"of {times}{tokens:,} tokens"),
         ("logits", at_once * logit_bytes(config, tokens), f"{times}{tokens:,} x {config.vocab_size:,}"),
     ]
-    if on_cpu and item == 2:
+    if on_cpu and copied:
         step.insert(1, ("gradients of each part", at_once * products, f"{times}{name}"))
+    if place.shard:
+        step.insert(1, ("gradients not yet shared", gathered * 4 // item, "float32, of as many"))
     tokens = options.batch_size * config.block_size
     evaluation = [("an evaluation", evaluation_bytes(config, tokens, place), f"of {tokens:,} tokens, not in a step")]
-    if on_cpu and item == 2:
+    if on_cpu and copied:
         evaluation.append(("its weights", products, f"{name}, for autocast"))
     return always, step, evaluation
 
@@ -262,15 +287,21 @@ def step_seconds(config, options, place, data):
         start = time.perf_counter()
         learner.step(x[:rows], y[:rows], 0.0)[0].item()  # waits for the device
         update = min(update, time.perf_counter() - start - token_seconds * rows * x.size(1))
+    together = 1 if place.device.type == "cpu" else place.processes  # on a CPU they share the cores that were timed
+    token_seconds /= together
     return token_seconds * x.numel() + max(0.0, update), evaluation_seconds(token_seconds, options, data)
 
 
-def files(model):
+def files(model, shard=False):
     """The large files that a run leaves in out_dir: [(name, bytes, remark)]."""
     weights, means = weight_bytes(model)
     return [
         ("model.safetensors", weights, "the best weights"),
-        ("state.pt", weights + means, "the newest weights and the optimizer's means, for --resume"),
+        (
+            "state.dcp/" if shard else "state.pt",
+            weights + means,
+            "the newest weights and the optimizer's means, for --resume",
+        ),
     ]
 
 
@@ -316,7 +347,7 @@ def show(options, given):
     fits = print_memory(place, *memory(model, options, place, data))
     print_time(model, options, place, data, fits)
     print(f"files in {options.out_dir}/")
-    for name, size, remark in files(model):
+    for name, size, remark in files(model, place.shard):
         print_row(name, in_words(size), remark)
     return 0
 

@@ -13,6 +13,7 @@ import hashlib
 import os
 import pickle
 import shutil
+import warnings
 
 import torch
 import torch.distributed as dist
@@ -177,7 +178,9 @@ def read_tensors(directory, model, weights):
             weight = weights[int(n)][int(i)].detach()
             alike = kept.size == weight.shape  # all but the number of steps
             tensors[name] = torch.empty_like(weight) if alike else torch.empty(kept.size, dtype=kept.properties.dtype)
-    load(tensors, storage_reader=reader, no_dist=not is_sharded(model))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that there is but one process
+        load(tensors, storage_reader=reader, no_dist=not is_sharded(model))
     memories = [{} for _ in weights]
     for name, tensor in tensors.items():
         if name.startswith("optimizers."):
