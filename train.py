@@ -600,7 +600,8 @@ def report(run, stop, finished):
     if stop.number is not None and not finished:
         run.save()
         run.saver.wait()
-        print(f"stopped after step {run.step} and saved; go on with: python train.py --out_dir {out} --resume")
+        program = "python" if run.processes.world == 1 else "torchrun ..."
+        print(f"stopped after step {run.step} and saved; go on with: {program} train.py --out_dir {out} --resume")
         return 128 + stop.number
     run.saver.wait()
     if run.processes.first:

@@ -2,8 +2,9 @@
 
     torchrun ... together.py RUNS.json
 
-RUNS.json holds a list of {"flags": [...], "signal": [rank, step, number] or null, "error": [rank, step] or null}: that
-process gets that signal, or raises an error, in that step. The exit statuses of all runs go to RUNS.json.RANK.
+RUNS.json holds a list of {"flags": [...]}, with accidents that happen to one process in one step: "signal": [rank,
+step, number], "error": [rank, step], or "nan": [rank, step] for its loss. The exit statuses of all runs go to
+RUNS.json.RANK.
 """
 
 import json
@@ -23,6 +24,7 @@ def main(argv):
     with open(argv[0]) as f:
         runs = json.load(f)
     statuses = []
+    make_short()
     with job() as processes:
         for run in runs:
             options, given = parse_options(train.TrainOptions, run["flags"], "")
@@ -34,12 +36,22 @@ def main(argv):
     return 0
 
 
-plain_step = Learner.step
+plain_step, plain_loss, plain_sample = Learner.step, Learner.loss, train.sample_text
+
+
+def make_short():
+    """Leave out what takes longest in a small run: the picture, and all but the beginning of a sample."""
+    train.Run._draw = lambda self: None
+    train.sample_text = lambda model, tokenizer, length, device: plain_sample(model, tokenizer, 5, device)
 
 
 def with_accidents(run, rank):
-    """Have Learner.step do to this process what the run says."""
+    """Have Learner do to this process what the run says."""
     steps = [0]
+
+    def loss(self, x, y):
+        found = plain_loss(self, x, y)
+        return found * float("nan") if run.get("nan") == [rank, steps[0]] else found
 
     def step(self, *args):
         steps[0] += 1
@@ -49,7 +61,7 @@ def with_accidents(run, rank):
             raise UserError("--accident: it happened; avoid it")
         return plain_step(self, *args)
 
-    Learner.step = step
+    Learner.step, Learner.loss = step, loss
 
 
 if __name__ == "__main__":
