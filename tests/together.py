@@ -1,6 +1,7 @@
-"""What test_distributed.py starts under torchrun: several runs of train.py in one job, one after the other.
+"""What test_distributed.py starts: several runs of train.py in one job of several processes, one after the other.
 
     torchrun ... together.py RUNS.json
+    python together.py RUNS.json 4        # the same without torchrun: four processes that load PyTorch only once
 
 RUNS.json holds a list of {"flags": [...]}, with accidents that happen to one process in one step: "signal": [rank,
 step, number], "error": [rank, step], or "nan": [rank, step] for its loss. The exit statuses of all runs go to
@@ -10,6 +11,7 @@ RUNS.json.RANK.
 import json
 import os
 import signal
+import socket
 import sys
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
@@ -21,7 +23,30 @@ from utils import UserError, parse_options, run_command
 
 
 def main(argv):
-    with open(argv[0]) as f:
+    return work(argv[0]) if "RANK" in os.environ else start(argv[0], int(argv[1]))
+
+
+def start(path, processes):
+    """Be torchrun, by fork. Returns the exit status."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    os.environ.update(WORLD_SIZE=str(processes), LOCAL_WORLD_SIZE=str(processes))
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    children = []
+    for rank in range(processes):
+        child = os.fork()
+        if child == 0:
+            os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank))
+            return work(path)
+        children.append(child)
+    statuses = [os.waitpid(child, 0)[1] for child in children]  # of all of them, so that none is left
+    return int(any(statuses))
+
+
+def work(path):
+    """Make the runs as one of the processes. Returns the exit status."""
+    with open(path) as f:
         runs = json.load(f)
     statuses = []
     make_short()
@@ -31,7 +56,7 @@ def main(argv):
             with_accidents(run, processes.rank)
             with train.errors_in_words(options):
                 statuses.append(train.train(options, given, processes))
-    with open(f"{argv[0]}.{processes.rank}", "w") as f:
+    with open(f"{path}.{processes.rank}", "w") as f:
         json.dump(statuses, f)
     return 0
 
