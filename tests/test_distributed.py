@@ -186,9 +186,7 @@ def assert_alike(found, expected, tolerance=2e-5, weights=2e-4):
         return
     ours, theirs = load_model(found)[0].state_dict(), load_model(expected)[0].state_dict()
     for name, p in theirs.items():
-        if name.endswith(
-            "c_attn.bias"
-        ):  # of queries, keys and values; the keys' changes nothing, and only noise moves it
+        if name.endswith("c_attn.bias"):  # that of the keys changes nothing, and only noise moves it
             ours[name].chunk(3)[1].zero_()
             p.chunk(3)[1].zero_()
         torch.testing.assert_close(ours[name], p, atol=weights, rtol=0, msg=lambda text, name=name: f"{name}: {text}")
