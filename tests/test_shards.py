@@ -639,8 +639,9 @@ def test_memory_does_not_grow_with_the_text(tmp_path):
 
 
 @pytest.mark.long
+@pytest.mark.parametrize("tokenizer", ["bytes", "bpe:4096"])
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
-def test_a_text_of_1_gb_is_prepared_and_trained_on_within_one_and_a_half_gb(tmp_path):
-    prepared, trained = prepare_and_train(tmp_path / "large", 10**9, "bpe:4096", 2)
-    print(f"prepare: {prepared / 1e6:.0f} MB; train: {trained / 1e6:.0f} MB")
+def test_a_text_of_1_gb_is_prepared_and_trained_on_within_one_and_a_half_gb(tmp_path, tokenizer):
+    prepared, trained = prepare_and_train(tmp_path / "large", 10**9, tokenizer, 2)
+    print(f"{tokenizer}: prepare {prepared / 1e6:.0f} MB, train {trained / 1e6:.0f} MB")
     assert max(prepared, trained) < 1.5e9
