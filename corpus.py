@@ -25,7 +25,7 @@ from utils import UserError, missing_extra
 KINDS = (".txt", ".jsonl", ".parquet")
 BLOCK = 2**20  # bytes that are read at once
 ROWS = 256  # rows of a table that are read at once
-PIECE = 2**18  # characters that are tokenized at once: a process needs some hundred bytes for each
+PIECE = 2**18  # characters that are tokenized at once, for each of which that takes some hundred bytes
 
 
 def read(source, field="text", count=lambda n: None):

@@ -21,7 +21,7 @@ from utils import UserError, missing_extra, write_json
 
 FILE = "tokenizer.json"
 KINDS = "chars, bytes, bpe:N (N tokens, as in bpe:4096), gpt2, or the path of a tokenizer.json"
-MOST_CHARACTERS = 32_000_000  # of a longer text, byte pairs are counted in so many, from all of its parts
+MOST_CHARACTERS = 16_000_000  # of a longer text, byte pairs are counted in so many, from all of its parts
 SENTENCE = 2**14  # characters given to the trainer at once; it collects some hundred of them
 
 # ---------------------------------------------------------------------------------------------------------------------
