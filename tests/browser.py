@@ -187,13 +187,21 @@ class Page:
         return self.evaluate(f"document.querySelector({json.dumps(selector)}).innerText")
 
     def click(self, selector, nth=0):
-        """A click of the mouse in the middle of an element."""
+        """A click of the mouse in the middle of an element, as soon as it lies still."""
         x, y = self.evaluate(
-            f"""(() => {{
+            f"""(async () => {{
                 const element = document.querySelectorAll({json.dumps(selector)})[{nth}];
-                element.scrollIntoView({{ block: "center" }});
-                const box = element.getClientRects()[0];
-                return [box.x + box.width / 2, box.y + box.height / 2];
+                const middle = () => {{
+                    element.scrollIntoView({{ block: "center" }});
+                    const box = element.getClientRects()[0];
+                    return [box.x + box.width / 2, box.y + box.height / 2];
+                }};
+                for (let before = middle(); ; ) {{
+                    await new Promise((done) => {{ requestAnimationFrame(done); setTimeout(done, 100); }});
+                    const now = middle();
+                    if (now.every((place, i) => place === before[i])) return now;
+                    before = now;
+                }}
             }})()"""
         )
         for kind in ("mousePressed", "mouseReleased"):
