@@ -16,6 +16,7 @@ from typing import Optional
 
 import torch
 
+from draft import MOST_TOKENS
 from model import GPT
 from modern import Modern, ModernConfig
 from optim import Learner
@@ -47,6 +48,7 @@ GPUS = {
     "h200": (989e12, "bfloat16", 141e9),
 }
 SHARE_OF_PEAK = 0.4  # what training reaches of it, assumed: PaLM's reached 0.46 (Chowdhery et al. 2022, section 4.1)
+DRAFT_BYTES = 90  # for each token that the draft counts at the end of a run, measured
 CUDA_BYTES = 0.6e9  # what CUDA keeps for itself in each process, about
 
 
@@ -213,6 +215,7 @@ def gathered_bytes(model, item):
 
 def resident_bytes():
     """The memory that this process takes now, in bytes; 0 where the system does not tell."""
+    torch.optim.AdamW([torch.zeros(1, requires_grad=True)])  # the first optimizer loads more of PyTorch
     try:
         with open("/proc/self/statm") as f:
             return int(f.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
@@ -258,14 +261,24 @@ def memory(model, options, place, data):
         ("activations", at_once * kept, f"of {times}{tokens:,} tokens"),
         ("logits", at_once * logit_bytes(config, tokens), f"{times}{tokens:,} x {config.vocab_size:,}"),
     ]
-    if on_cpu and copied:
-        step.insert(1, ("gradients of each part", at_once * products, f"{times}{name}"))
     if place.shard:
         step.insert(1, ("gradients not yet shared", gathered * 4 // item, "float32, of as many"))
+    elif on_cpu:
+        step.insert(1, ("gradients of each part", at_once * products, f"{times}{name}"))
+    if on_cpu:
+        always.append(("copies while saving", 2 * weights + means, "written beside the training"))
+    if on_cpu and isinstance(model, Modern):
+        step.append(("Muon's products", 3 * (2 * weights - means), "of the matrices"))
     tokens = options.batch_size * config.block_size
     evaluation = [("an evaluation", evaluation_bytes(config, tokens, place), f"of {tokens:,} tokens, not in a step")]
     if on_cpu and copied:
         evaluation.append(("its weights", products, f"{name}, for autocast"))
+    if on_cpu and data is not None:
+        counted = min(len(data.train), MOST_TOKENS)
+        if DRAFT_BYTES * counted > sum(size for _, size, _ in evaluation):
+            evaluation = [("counts for draft.py", DRAFT_BYTES * counted, f"of {counted:,} tokens, at the end")]
+    if on_cpu and at_once > 1:  # what other threads took they keep for themselves, and this comes on top of it
+        return always, step + evaluation, []
     return always, step, evaluation
 
 
