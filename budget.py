@@ -48,6 +48,7 @@ GPUS = {
     "h200": (989e12, "bfloat16", 141e9),
 }
 SHARE_OF_PEAK = 0.4  # what training reaches of it, assumed: PaLM's reached 0.46 (Chowdhery et al. 2022, section 4.1)
+SPARE = 0.4  # of the activations: what the C library keeps beside them, in pieces too small for a use; measured
 DRAFT_BYTES = 90  # for each token that the draft counts at the end of a run, measured
 CUDA_BYTES = 0.6e9  # what CUDA keeps for itself in each process, about
 
@@ -266,6 +267,7 @@ def memory(model, options, place, data):
     elif on_cpu:
         step.insert(1, ("gradients of each part", at_once * products, f"{times}{name}"))
     if on_cpu:
+        step.append(("freed but not given back", SPARE * at_once * kept, f"by the C library, about {SPARE:.0%}"))
         always.append(("copies while saving", 2 * weights + means, "written beside the training"))
     if on_cpu and isinstance(model, Modern):
         step.append(("Muon's products", 3 * (2 * weights - means), "of the matrices"))
