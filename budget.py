@@ -272,7 +272,7 @@ def memory(model, options, place, data):
     if on_cpu and isinstance(model, Modern):
         step.append(("Muon's products", 3 * (2 * weights - means), "of the matrices"))
     tokens = options.batch_size * config.block_size
-    evaluation = [("an evaluation", evaluation_bytes(config, tokens, place), f"of {tokens:,} tokens, not in a step")]
+    evaluation = [("an evaluation", evaluation_bytes(config, tokens, place), f"of {tokens:,} tokens")]
     if on_cpu and copied:
         evaluation.append(("its weights", products, f"{name}, for autocast"))
     if on_cpu and data is not None:
