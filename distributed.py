@@ -40,7 +40,7 @@ class Processes:
         self.rank, self.world, self.local_rank, self.store = rank, world, local_rank, store
         self.group = None  # those that average gradients, by NCCL between GPUs; what else they say goes by gloo
         self.saving = None  # the same ones for a thread that writes beside the training: what it says does not mix
-        self.left = threading.Event()
+        self.left, self.listener = threading.Event(), threading.Thread(target=self.listen, daemon=True)
 
     @property
     def first(self):
@@ -135,6 +135,12 @@ class Processes:
                     print(file=sys.stderr)  # the end of the progress bar's line
                 end_after_the_speaker()
 
+    def stop_listening(self):
+        """Listen no more; a thread that still asked the store while Python ends would end it with an abort."""
+        self.left.set()
+        if self.listener.is_alive():
+            self.listener.join()
+
     def speaks(self):
         """Is it this process that tells of the error which it has? One does, the others end quietly.
 
@@ -145,7 +151,7 @@ class Processes:
                 if self.first or self.store.check([TOLD]):
                     break
                 time.sleep(0.1)
-            self.left.set()  # it need not listen any more
+            self.stop_listening()
             if self.store.add(TOLD, 1) != 1:
                 return False
         except RuntimeError:
@@ -158,7 +164,7 @@ class Processes:
         """Wait for the others, then leave: until then none ends, which torchrun would take for the end of them all."""
         if self.world > 1:
             self.agree()
-            self.left.set()
+            self.stop_listening()
             dist.destroy_process_group()
 
 
@@ -206,7 +212,7 @@ def join():
     processes = Processes(rank, world, int(os.environ.get("LOCAL_RANK", rank)), store)
     if not processes.first:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
-    threading.Thread(target=processes.listen, daemon=True).start()
+    processes.listener.start()
     name_interface(os.environ["MASTER_ADDR"])
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=PATIENCE)
     return processes
