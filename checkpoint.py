@@ -439,10 +439,16 @@ def save_state(directory, state, keep=1):
 def save_shards(directory, tensors, state, keep, processes):
     """save_state for a sharded model: tensors, of which each process has its parts, and all else in process 0.
 
-    All processes call it. Their parts and the rest are written into a new directory, which then gets its name.
+    All processes call it. Their parts and the rest are written into a new directory, which then gets its name. Raises
+    OSError in all of them where one cannot write; then the earlier states stay.
     """
     path, temporary, step = os.path.join(directory, SHARDS), os.path.join(directory, f"{SHARDS}.tmp"), None
-    sums = write_tensors(temporary, tensors, processes)
+    try:
+        sums = write_tensors(temporary, tensors, processes)
+    except OSError:
+        if processes.first:
+            _remove(temporary)
+        raise
     if processes.first:
         step = state["counters"]["step"]
         rest = {**state, "format": FORMAT, "files": sums}
