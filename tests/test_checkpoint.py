@@ -675,7 +675,7 @@ def test_a_file_system_without_locks_is_told_and_used(tmp_path, monkeypatch, cap
     def refuse(_):
         raise OSError(errno.ENOSYS, "Function not implemented")
 
-    monkeypatch.setattr(checkpoint, "_lock", refuse)
+    monkeypatch.setattr(checkpoint, "lock_file", refuse)
     with Lock() as lock:
         lock.take(str(tmp_path))
     assert "its file system has no locks" in capsys.readouterr().out
