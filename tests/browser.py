@@ -204,8 +204,9 @@ class Page:
                 }}
             }})()"""
         )
-        for kind in ("mousePressed", "mouseReleased"):
-            self.ask("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", clickCount=1)
+        for kind in ("mouseMoved", "mousePressed", "mouseReleased"):
+            buttons = {} if kind == "mouseMoved" else dict(button="left", clickCount=1)
+            self.ask("Input.dispatchMouseEvent", type=kind, x=x, y=y, **buttons)
 
     def press(self, key, times=1, ctrl=False):
         """A key of the keyboard, where the focus is."""

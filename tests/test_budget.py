@@ -325,7 +325,7 @@ def test_a_number_is_a_peak_too(plan):
 def test_a_plan_on_this_machine_times_a_step(plan):
     table = plan(f"{TINY} --batch_size 4 --max_iters 100 --device cpu")
     assert float(table["tokens in a second"][0].replace(",", "")) > 100 and "timed" in table["tokens in a second"][1]
-    assert "times the text" in table["tokens in the run"][1] and "seconds" in table["the run"][0]
+    assert "times the text" in table["tokens in the run"][1] and re.search("seconds|minutes", table["the run"][0])
 
 
 def test_a_plan_does_not_mind_a_run_in_the_directory(plan, tmp_path):
