@@ -632,7 +632,7 @@ def prepare_and_train(directory, n, tokenizer, processes):
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 def test_memory_does_not_grow_with_the_text(tmp_path):
-    """The long test in small: 40 MB more text, which in memory would be 40 MB of characters and 40 of tokens or more."""
+    """The long test in small: 40 MB more text, in memory 40 MB of characters and at least as much of tokens."""
     small, large = (prepare_and_train(tmp_path / str(n), n * 10**6, "bytes", 1) for n in (10, 50))
     growth = [(b - a) / 1e6 for a, b in zip(small, large)]
     assert max(growth) < 40, (small, large)
