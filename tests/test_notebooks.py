@@ -6,6 +6,7 @@ from pathlib import Path
 import nbformat
 import pytest
 from nbclient import NotebookClient
+from nbclient.exceptions import CellTimeoutError
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = [ROOT / "gpt_dev.ipynb", *sorted((ROOT / "notebooks").glob("*.ipynb"))]
@@ -39,7 +40,11 @@ def test_runs_from_top_to_bottom(path, monkeypatch):
         cell.outputs, cell.execution_count = [], None
 
     folder = {"metadata": {"path": str(path.parent)}}  # where Jupyter runs it
-    NotebookClient(notebook, kernel_name="python3", timeout=300, resources=folder).execute()  # raises on an error
+    how = dict(kernel_name="python3", timeout=120, resources=folder)
+    try:
+        NotebookClient(notebook, **how).execute()  # raises on an error
+    except CellTimeoutError:  # seen once: Jupyter lost a message, the kernel idle and the client waiting
+        NotebookClient(notebook, **how).execute()
 
     assert not [output for cell in cells for output in cell.outputs if output.output_type == "error"]
     assert list(outputs(cells, "image/png")), "the pictures do not show"
