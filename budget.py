@@ -85,12 +85,13 @@ class Place:
 def find_place(options, given):
     """The Place that the flags name. Raises UserError where they name none, or two."""
     processes = options.processes or int(os.environ.get("WORLD_SIZE", 1))
+    shard = options.shard and processes > 1
     if options.peak is None:
         device = pick_device(options.device)
         dtype = pick_dtype(options.dtype, device)
         name = f"this machine ({device.type}, {str(dtype)[6:]})"
         peak = matmul_peak(device, dtype)
-        return Place(name, device, dtype, processes, peak, True, memory_of(device), options.shard and processes > 1)
+        return Place(name, device, dtype, processes, peak, True, memory_of(device), shard)
     if "device" in given:
         raise UserError(
             f"--device {options.device} and --peak {options.peak}: two places to plan for; give one of them"
@@ -106,8 +107,7 @@ def find_place(options, given):
             raise UserError(f"--peak {options.peak}: wants one of {', '.join(GPUS)}, or FLOP/s such as 312e12")
     dtype = options.dtype or dtype
     name = f"{options.peak} ({peak / 1e12:,.0f} TFLOP/s, {dtype})"
-    device, shard = torch.device("cuda"), options.shard and processes > 1
-    return Place(name, device, getattr(torch, dtype), processes, peak, False, memory, shard)
+    return Place(name, torch.device("cuda"), getattr(torch, dtype), processes, peak, False, memory, shard)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -361,8 +361,8 @@ class Run:
 
         progress: may wrap the batches of the val split; the Stopped that it raises leaves the evaluation due.
         """
+        o = self.options
         with autocast(self.device, torch.float32 if self.learner.sharded else self.dtype):
-            o = self.options
             loss = validation_loss(
                 self.model, self.data.val, o.batch_size, o.eval_iters, self.device, progress, self.processes
             )
@@ -419,9 +419,8 @@ def write_lines(path, lines):
 
 def claim_directory(options, lock, processes):
     """Take the lock of a run that is in out_dir, in the first process. Returns the options of the run, for all."""
-    [restarts] = processes.agree(
-        signal=int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
-    )  # a machine may have none
+    restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+    [restarts] = processes.agree(signal=restarts)  # the highest: one machine's workers may have had none
 
     def claim():
         ours = carry_on(options, restarts)
@@ -455,7 +454,6 @@ def train(options, given, processes=ALONE):
 def train_until(at_end, options, given, processes):
     """train, where at_end, a context, closes whatever must not stay open, however the run ends."""
     lock, saver = at_end.enter_context(Lock()), at_end.enter_context(Saver())
-
     options = claim_directory(options, lock, processes)
     device = processes.own_device(options.device)
     processes.begin(device)
