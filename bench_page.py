@@ -82,9 +82,7 @@ def write(path, options):
         tokenizer = CharTokenizer([chr(32 + i) for i in range(65)])  # as many as in Tiny Shakespeare
         model = GPT(GPTConfig(block_size=256, vocab_size=65, n_layer=6, n_head=6, n_embd=384))
     settings = export.ExportOptions(out_dir=options.out_dir or "a random model", weights=options.weights)
-    how = export.choose_format(model, settings)
-    spec = export.tokenizer_spec(tokenizer, settings.out_dir)
-    page = export.build_page(model, spec, how, export.first_prompt(tokenizer, None))
+    page, how = export.page_of(model, tokenizer, settings)
     path.write_text(page, encoding="utf-8", newline="\n")
     return how
 

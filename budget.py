@@ -49,6 +49,7 @@ GPUS = {
 }
 SHARE_OF_PEAK = 0.4  # what training reaches of it, assumed: PaLM's reached 0.46 (Chowdhery et al. 2022, section 4.1)
 SPARE = 0.4  # of the activations: what the C library keeps beside them, in pieces too small for a use; measured
+SPARE_RECOMPUTED = 2.5  # the same with gradient checkpointing, which takes and frees each layer's several times
 DRAFT_BYTES = 90  # for each token that the draft counts at the end of a run, measured
 CUDA_BYTES = 0.6e9  # what CUDA keeps for itself in each process, about
 
@@ -65,6 +66,7 @@ class Place:
     here: bool  # is it this machine, where a step can be timed?
     memory: Optional[float] = None  # bytes of the device's memory, where that is known
     shard: bool = False  # is the model spread over the processes (sharding.py)?
+    resident: float = 0.0  # bytes that Python and PyTorch take here before anything was computed
 
     @property
     def item(self):
@@ -90,8 +92,9 @@ def find_place(options, given):
         device = pick_device(options.device)
         dtype = pick_dtype(options.dtype, device)
         name = f"this machine ({device.type}, {str(dtype)[6:]})"
+        resident = resident_bytes()  # before the products, of which the C library keeps some megabytes, or not
         peak = matmul_peak(device, dtype)
-        return Place(name, device, dtype, processes, peak, True, memory_of(device), shard)
+        return Place(name, device, dtype, processes, peak, True, memory_of(device), shard, resident)
     if "device" in given:
         raise UserError(
             f"--device {options.device} and --peak {options.peak}: two places to plan for; give one of them"
@@ -217,6 +220,7 @@ def gathered_bytes(model, item):
 def resident_bytes():
     """The memory that this process takes now, in bytes; 0 where the system does not tell."""
     torch.optim.AdamW([torch.zeros(1, requires_grad=True)])  # the first optimizer loads more of PyTorch
+    torch.ones(64, 64) @ torch.ones(64, 64)  # so does the first product
     try:
         with open("/proc/self/statm") as f:
             return int(f.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
@@ -243,7 +247,7 @@ def memory(model, options, place, data):
             f"float32, 1 of {place.processes} parts",
         )
     always = [
-        ("Python and PyTorch", resident_bytes(), "now") if on_cpu else ("CUDA itself", CUDA_BYTES, "about"),
+        ("Python and PyTorch", place.resident, "now") if on_cpu else ("CUDA itself", CUDA_BYTES, "about"),
         ("weights", weights, kept_by),
         ("optimizer", means, "Muon, AdamW" if isinstance(model, Modern) else "AdamW: two means of each weight"),
     ]
@@ -267,7 +271,8 @@ def memory(model, options, place, data):
     elif on_cpu:
         step.insert(1, ("gradients of each part", at_once * products, f"{times}{name}"))
     if on_cpu:
-        step.append(("freed but not given back", SPARE * at_once * kept, f"by the C library, about {SPARE:.0%}"))
+        spare = SPARE_RECOMPUTED if options.gradient_checkpointing else SPARE
+        step.append(("freed but not given back", spare * at_once * kept, f"by the C library, about {spare:.0%}"))
         always.append(("copies while saving", 2 * weights + means, "written beside the training"))
     if on_cpu and isinstance(model, Modern):
         step.append(("Muon's products", 3 * (2 * weights - means), "of the matrices"))

@@ -59,14 +59,8 @@ def main(argv):
 
 def write_page(options):
     """Export as the options say. Returns the exit status 0."""
-    model, tokenizer = load_model(options.out_dir)
-    tokenizer = tokenizer or gpt2_tokenizer(model)
-    if tokenizer is None:
-        raise UserError(f"--out_dir {options.out_dir}: has no tokenizer; put the tokenizer.json of its run beside it")
-    spec = tokenizer_spec(tokenizer, options.out_dir)
-    prompt = first_prompt(tokenizer, options.prompt)
-    chosen = choose_format(model, options)
-    page = build_page(model, spec, chosen, prompt, options.title, training_facts(options.out_dir)).encode()
+    page, chosen = page_of(*load_model(options.out_dir), options, training_facts(options.out_dir))
+    page = page.encode()
     path = options.html or os.path.join(options.out_dir if os.path.isdir(options.out_dir) else "", "model.html")
 
     def write(temporary):
@@ -81,6 +75,20 @@ def write_page(options):
         ) from None
     print(f"{path}: {len(page) / 1e6:.1f} MB, weights in {chosen}. Open it in a browser.")
     return 0
+
+
+def page_of(model, tokenizer, options, training=()):
+    """(the page of a model as text, the format of its weights), as the options say. training: training_facts'.
+
+    Raises UserError where there is no tokenizer or none that the page runs, and where the page would be too large.
+    """
+    tokenizer = tokenizer or gpt2_tokenizer(model)
+    if tokenizer is None:
+        raise UserError(f"--out_dir {options.out_dir}: has no tokenizer; put the tokenizer.json of its run beside it")
+    spec = tokenizer_spec(tokenizer, options.out_dir)
+    prompt = first_prompt(tokenizer, options.prompt)
+    chosen = choose_format(model, options)
+    return build_page(model, spec, chosen, prompt, options.title, training), chosen
 
 
 # ---------------------------------------------------------------------------------------------------------------------

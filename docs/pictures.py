@@ -63,15 +63,15 @@ def draw_page(model, tokenizer, out_dir):
     dice = torch.Generator().manual_seed(SEED)
     written = torch.stack(list(generate(model, prompt, NEW_TOKENS, temperature=0.8, generator=dice)), dim=-1)
     text = tokenizer.decode(torch.cat([prompt, written.view(1, -1)], dim=1)[0].tolist())
-    how = export.choose_format(model, export.ExportOptions(out_dir=out_dir))
-    spec, facts = export.tokenizer_spec(tokenizer, out_dir), export.training_facts(out_dir)
+    options = export.ExportOptions(out_dir=out_dir, prompt=text)
+    html, _ = export.page_of(model, tokenizer, options, export.training_facts(out_dir))
     try:
         chromium = find_chromium()
     except NoChromium as error:
         raise UserError(str(error)) from None
     with tempfile.TemporaryDirectory() as directory, Browser(chromium, os.path.join(directory, "profile")) as browser:
         path = Path(directory, "model.html")
-        path.write_text(export.build_page(model, spec, how, text, training=facts), encoding="utf-8", newline="\n")
+        path.write_text(html, encoding="utf-8", newline="\n")
         page = browser.open(path.as_uri(), WIDTH, HEIGHT)
         page.wait("!byId('run').disabled && !looking")
         page.evaluate(

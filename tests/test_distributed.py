@@ -158,9 +158,10 @@ def two(one):
 
 @pytest.fixture(scope="module")
 def four(two, here):
-    """Runs of four processes, which go on from what two have left, and one that is new."""
+    """Runs of four processes, new ones and ones that go on from what two have left."""
     runs = [dict(flags=flags("gpt-4"))]
-    for arch, _ in ALL:
+    for arch, more in ALL:
+        runs.append(dict(flags=flags(f"{arch}-s4", "--shard", *more)))
         runs.append(dict(flags=["--resume", "--out_dir", f"{arch}-2", "--max_iters", str(STEPS + 4), "--shard"]))
         runs.append(dict(flags=["--resume", "--out_dir", f"{arch}-s2", "--max_iters", str(STEPS + 4)]))
     in_one_job(here, 4, runs)
@@ -207,8 +208,9 @@ def test_two_processes_in_bfloat16_learn_what_one_learns(two, shard):
     assert_alike(f"bfloat16-{shard}2", "bfloat16-1", tolerance=1e-2, weights=1e-2)
 
 
-def test_four_processes_learn_what_one_learns(four):
-    assert_alike("gpt-4", "gpt-1")
+@pytest.mark.parametrize("run", ["gpt-4", "gpt-s4", pytest.param("modern-s4", marks=needs_muon)])
+def test_four_processes_learn_what_one_learns(four, run):
+    assert_alike(run, f"{run.split('-')[0]}-1")
 
 
 @pytest.mark.parametrize("shard", ["", "s"], ids=["DistributedDataParallel", "FSDP2"])
