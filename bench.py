@@ -77,6 +77,7 @@ class QualityOptions:
     target: Optional[float] = option(None, "val loss to reach: the shortest of the times that does is named")
     rounds: int = option(1, "runs of each time, with seeds 1, 2, ...", at_least=1)
     flags: str = option("", "more flags for train.py, in one string")
+    fixed: bool = option(False, "also train the fixed settings, for as many steps as fit into each time")
     nanogpt: Optional[str] = option(None, "directory of a nanoGPT clone: its CPU run is made beside ours")
     json: Optional[str] = option(None, "file for all figures, as JSON")
 
@@ -277,7 +278,7 @@ def quality(options):
     except ValueError:
         raise UserError(f"--minutes '{options.minutes}': wants numbers with a space between") from None
     data, rows = load_data(options.data), []
-    print(f"{machine(torch.device('cpu'))}; {options.data}\n  {'':<24}{'seconds':>9}{'val loss':>10}{'bits/byte':>11}")
+    print(f"{machine(torch.device('cpu'))}; {options.data}\n  {'':<26}{'seconds':>9}{'val loss':>10}{'bits/byte':>11}")
     for seed in range(1, options.rounds + 1):
         if options.nanogpt is not None:
             rows.append(dict(system="nanoGPT, its CPU setting", seed=seed, **nanogpt_run(options.nanogpt, data, seed)))
@@ -285,6 +286,10 @@ def quality(options):
         for minutes in times:
             rows.append(dict(system=f"--minutes {minutes:g}", seed=seed, **our_run(options, minutes, seed)))
             print_quality(rows[-1], data)
+            for name, flags in FIXED.items() if options.fixed else ():
+                rows.append(dict(system=f"{name}, {minutes:g} min", seed=seed))
+                rows[-1].update(fixed_run(options, flags, minutes, seed))
+                print_quality(rows[-1], data)
     reached = [row["seconds"] for row in rows if options.target is not None and row["val_loss"] <= options.target]
     if options.target is not None:
         print(f"val loss {options.target:g}: " + (f"reached in {min(reached):.1f} s" if reached else "not reached"))
@@ -297,16 +302,37 @@ def quality(options):
 
 def print_quality(row, data):
     bits = data.bits_per_byte(row["val_loss"])
-    print(f"  {row['system']:<24}{row['seconds']:>9.1f}{row['val_loss']:>10.4f}{bits:>11.3f}", flush=True)
+    print(f"  {row['system']:<26}{row['seconds']:>9.1f}{row['val_loss']:>10.4f}{bits:>11.3f}", flush=True)
 
 
 def our_run(options, minutes, seed):
     """Train for that many minutes in a process. Returns its seconds and the val loss of the weights it leaves."""
     with tempfile.TemporaryDirectory() as folder:
-        out = os.path.join(folder, "out")
-        command = [sys.executable, os.path.join(HERE, "train.py"), "--data", options.data, "--out_dir", out]
-        seconds = timed([*command, "--minutes", str(minutes), "--seed", str(seed), *options.flags.split()])
-        return dict(seconds=seconds, val_loss=whole_val_loss(out, options.data))
+        return train_process(options, folder, seed, "--minutes", minutes)
+
+
+# The settings that the README names: the default model, and the small one under Examples.
+SMALL = "--n_layer 4 --n_head 4 --n_embd 128 --block_size 64 --batch_size 12 --dropout 0 --learning_rate 1e-3"
+FIXED = {"the default model": [], "4 x 128": SMALL.split()}
+
+
+def fixed_run(options, flags, minutes, seed):
+    """Train a fixed setting for as many steps as fit into the time, by the speed of 20 steps made before."""
+    with tempfile.TemporaryDirectory() as folder:
+        short = train_process(options, folder, seed, *flags, "--max_iters", 20, "--log_interval", 1)
+        steps = train.read_metrics(os.path.join(folder, "out", METRICS))[:20]
+    a_step = (steps[-1]["seconds"] - steps[0]["seconds"]) / 19
+    fitting = max(1, int((60 * minutes - short["seconds"]) / a_step) + 20)
+    with tempfile.TemporaryDirectory() as folder:
+        return train_process(options, folder, seed, *flags, "--max_iters", fitting)
+
+
+def train_process(options, folder, seed, *flags):
+    """Train in a process, in a folder. Returns its seconds and the val loss of the weights it leaves."""
+    out = os.path.join(folder, "out")
+    command = [sys.executable, os.path.join(HERE, "train.py"), "--data", options.data, "--out_dir", out]
+    seconds = timed([*command, "--seed", str(seed), *map(str, flags), *options.flags.split()])
+    return dict(seconds=seconds, val_loss=whole_val_loss(out, options.data))
 
 
 def nanogpt_run(clone, data, seed):

@@ -36,7 +36,7 @@ from safetensors import SafetensorError, safe_open
 from model import GPT, GPTConfig
 from modern import Modern, ModernConfig
 from sharding import file_sum, write_tensors
-from tokenizer import load_tokenizer, save_tokenizer
+from tokenizer import CharTokenizer, load_tokenizer, save_tokenizer
 from utils import UserError, missing_extra, sync_directory, write_atomically, write_json
 
 METRICS = "metrics.jsonl"
@@ -259,6 +259,11 @@ def load_model(path_or_name, block_size=None, dropout=None):
         model.load_state_dict(weights)
     except RuntimeError as error:
         raise UserError(f"{path_or_name}: its weights do not fit its own config ({_first_problem(error)})") from None
+    if isinstance(tokenizer, CharTokenizer) and tokenizer.vocab_size < config.vocab_size:  # that of another run
+        raise UserError(
+            f"{path_or_name}: its tokenizer has {tokenizer.vocab_size} characters, its model {config.vocab_size}; "
+            f"put back the tokenizer.json of the run that trained it"
+        )
     return model, tokenizer
 
 

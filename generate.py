@@ -379,13 +379,16 @@ class Hypothesis:
 
 
 @torch.inference_mode()
-def beam_search(model, idx, max_new_tokens, num_beams, length_penalty=1.0, is_end=None, use_cache=True):
+def beam_search(
+    model, idx, max_new_tokens, num_beams, length_penalty=1.0, is_end=None, use_cache=True, repetition_penalty=1.0
+):
     """The num_beams best continuations that a beam search finds, best first: a list of Hypothesis.
 
     idx: (1, T), T >= 1. At each step every beam is extended by every token and the num_beams most probable results
     stay. is_end(tokens) -> bool says that a continuation is complete; without it all have max_new_tokens tokens.
     length_penalty: the exponent of the length by which a score is divided; above 0 favours longer texts, below 0
-    shorter ones (Wu et al. 2016, section 7, in the form that is usual today).
+    shorter ones (Wu et al. 2016, section 7, in the form that is usual today). repetition_penalty: see
+    penalize_repetition; the text of a beam is idx and what it has added.
     """
 
     def score(log_prob, length):
@@ -397,7 +400,8 @@ def beam_search(model, idx, max_new_tokens, num_beams, length_penalty=1.0, is_en
     dtype = torch.float32 if idx.device.type == "mps" else torch.float64  # an Apple GPU has no float64
     beams, log_probs = idx, torch.zeros(1, dtype=dtype, device=idx.device)  # (b, T + length), (b,)
     for length in range(1, max_new_tokens + 1):
-        step = F.log_softmax(reader.next_logits(beams).to(dtype), dim=-1)  # (b, V)
+        logits = penalize_repetition(reader.next_logits(beams), beams, repetition_penalty)
+        step = F.log_softmax(logits.to(dtype), dim=-1)  # (b, V)
         V = step.size(1)
         totals = (log_probs[:, None] + step).flatten()  # (b * V,)
         # At most num_beams of the candidates can end, so twice as many leave enough that go on.

@@ -26,7 +26,7 @@ from generate import FEW, Reader, Sampling, Speculation, beam_search, best_threa
 from graphs import GraphReader
 from lighten import lighten
 from tokenizer import prompt_tokens, whole_characters
-from utils import UserError, option, parse_options, pick_device, pick_dtype, run_command
+from utils import UserError, is_out_of_memory, option, parse_options, pick_device, pick_dtype, run_command
 
 LIGHT_ENOUGH = 4_000_000  # weights that a CPU holds in its cache in float32, where fewer bytes gain nothing
 SAMPLES_AT_ONCE = 64  # more than this many samples are written in groups, so that memory stays bounded
@@ -47,8 +47,10 @@ class SampleOptions:
         None, "draw from the likeliest tokens that together have probability p; 0: the likeliest only", at_least=0
     )
     min_p: float = option(0.0, "draw from tokens at least p times as probable as the likeliest", at_least=0)
-    repetition_penalty: float = option(1.0, "above 1: tokens that are in the text already get less likely", above=0)
-    num_beams: int = option(1, "above 1: beam search with that many beams in place of sampling", at_least=1)
+    repetition_penalty: float = option(
+        1.0, "above 1: tokens that are in the text already get less likely", at_least=0.01
+    )
+    num_beams: int = option(1, "above 1: beam search with that many beams, in which nothing is drawn", at_least=1)
     length_penalty: float = option(
         1.0, "for beams that --stop ends: above 0 favours longer texts, below 0 shorter", at_least=-10, below=10
     )
@@ -69,7 +71,12 @@ class SampleOptions:
 
 def main(argv):
     options, _ = parse_options(SampleOptions, argv, "Write text with a trained GPT.")
-    return sample(options)
+    try:
+        return sample(options)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise UserError("out of memory; lower --num_beams or --num_samples, or write with a smaller model") from None
 
 
 def read_prompt(options):
@@ -100,6 +107,13 @@ def check(options):
             f"--num_samples {options.num_samples}: a search with --num_beams {options.num_beams} ends with no more "
             f"than that many texts; raise --num_beams"
         )
+    plain = SampleOptions()
+    for name in ("temperature", "top_k", "top_p", "min_p"):
+        if options.num_beams > 1 and getattr(options, name) != getattr(plain, name):
+            raise UserError(
+                f"--{name} {getattr(options, name)} and --num_beams {options.num_beams}: a beam search draws nothing; "
+                f"leave out one of the two"
+            )
     for name in ("interactive", "probs"):
         if getattr(options, name) and (options.num_beams > 1 or options.num_samples > 1):
             raise UserError(f"--{name}: shows one text; leave out --num_beams and --num_samples")
@@ -232,22 +246,26 @@ def many(scribe, idx):
 def interact(prompt, scribe):
     """A story by turns: a line from stdin, its continuation, the next line. What was read stays in the cache.
 
-    What is typed follows the last character that was written, without a line break between.
+    What is typed follows the last character that was written, without a line break between: where --stop ended a turn,
+    the model has forgotten the stop string too.
     """
     text = []
     new = scribe.tokenizer.encode(prompt).tolist() if prompt else []
+    if hasattr(sys.stdin, "reconfigure"):
+        sys.stdin.reconfigure(errors="surrogateescape")  # bytes that are no text: the tokenizer names them
     write(prompt)
     while True:
         if new:
             text += new
-            idx, whole = torch.tensor([text], device=scribe.generator.device), False
+            n, shown = len(text), ""
             try:
-                for piece in scribe.continued(idx, text):
+                for piece in scribe.continued(torch.tensor([text], device=scribe.generator.device), text):
                     write(piece)
-                whole = len(text) == idx.size(1) + scribe.options.max_new_tokens
+                    shown += piece
             except KeyboardInterrupt:
                 pass
-            if not whole:  # the cache may hold more than was written
+            if len(text) < n + scribe.options.max_new_tokens or scribe.tokenizer.decode(text[n:]) != shown:
+                text[n:] = scribe.tokenizer.encode(shown).tolist()  # tokens and cache may hold more than was written
                 scribe.reader.start = None
             write("\n")
         if sys.stdin.isatty():
@@ -305,9 +323,11 @@ def search(scribe, idx):
     def is_end(ids):
         return options.stop in tokenizer.decode(ids)
 
-    ends = dict(length_penalty=options.length_penalty, is_end=is_end if options.stop else None)
+    how = dict(length_penalty=options.length_penalty, repetition_penalty=options.repetition_penalty)
     with use_threads(scribe.threads):
-        found = beam_search(scribe.model, idx, options.max_new_tokens, options.num_beams, **ends)
+        found = beam_search(
+            scribe.model, idx, options.max_new_tokens, options.num_beams, is_end=is_end if options.stop else None, **how
+        )
     scribe.written, scribe.seconds = len(found[0].tokens), time.perf_counter() - start
     texts = [whole_characters(tokenizer.decode(hypothesis.tokens)) for hypothesis in found]
     return [text.split(options.stop)[0] if options.stop else text for text in texts]

@@ -106,10 +106,7 @@ class ByteTokenizer:
 
     def encode(self, text):
         """Raises UnknownCharacters for half a surrogate pair, which is no character and has no bytes."""
-        try:
-            raw = text.encode()
-        except UnicodeEncodeError:
-            raise UnknownCharacters(names_of({c for c in text if "\ud800" <= c <= "\udfff"})) from None
+        raw = utf8(text)
         return torch.frombuffer(bytearray(raw), dtype=torch.uint8).long() if raw else torch.empty(0, dtype=torch.int64)
 
     def decode(self, ids):
@@ -126,6 +123,14 @@ class ByteTokenizer:
             "decoder": words,
             "model": {"type": "BPE", "vocab": vocab, "merges": []},
         }
+
+
+def utf8(text):
+    """The bytes of a text. Raises UnknownCharacters for half a surrogate pair, which has none."""
+    try:
+        return text.encode()
+    except UnicodeEncodeError:
+        raise UnknownCharacters(names_of({c for c in text if "\ud800" <= c <= "\udfff"})) from None
 
 
 def byte_letters():
@@ -149,6 +154,8 @@ class LibraryTokenizer:
         self.vocab_size = tokenizer.get_vocab_size()
 
     def encode(self, text):
+        """Raises UnknownCharacters for half a surrogate pair, which is no character."""
+        utf8(text)
         return torch.tensor(self._tokenizer.encode(text, add_special_tokens=False).ids, dtype=torch.int64)
 
     def decode(self, ids):

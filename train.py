@@ -66,6 +66,7 @@ from utils import (
     STARTED,
     UserError,
     autocast,
+    is_out_of_memory,
     option,
     parse_options,
     pick_dtype,
@@ -75,8 +76,6 @@ from utils import (
 )
 
 MOST_SKIPPED = 20  # steps in a row: float16's scale of 2^16 may need 16 to come down to 1
-# What PyTorch says where memory is used up: on a CUDA or Apple GPU, in cuBLAS, on a CPU (Linux and macOS, Windows).
-OUT_OF_MEMORY = ("out of memory", "ALLOC_FAILED", "can't allocate memory", "not enough memory")
 SAVE_SECONDS = 60  # between two savings, where evaluations do not save more often
 SAVE_SHARE = 0.01  # of the time, that these savings may take
 
@@ -158,7 +157,7 @@ def errors_in_words(options):
     try:
         yield
     except (RuntimeError, MemoryError) as error:
-        if not (isinstance(error, MemoryError) or any(words in str(error) for words in OUT_OF_MEMORY)):
+        if not is_out_of_memory(error):
             raise
         remedy = "lower --batch_size (--gradient_accumulation_steps makes up for it) or --block_size, or add "
         raise UserError(f"out of memory; {remedy}--gradient_checkpointing") from None

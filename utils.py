@@ -8,13 +8,30 @@ if "OMP_WAIT_POLICY" not in os.environ:  # PyTorch's threads wait awake for some
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 # isort: split
+import multiprocessing
+import signal
+import sys
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+
+
+def leave(*_):
+    """What Ctrl-C does until run_command is reached: nothing has begun, and a traceback would help nobody."""
+    os._exit(130)
+
+
+# Where one of our own commands is starting, and not in a notebook that imports this.
+program = os.path.abspath(getattr(sys.modules["__main__"], "__file__", None) or "")
+if os.path.dirname(program) == HERE and multiprocessing.parent_process() is None:
+    signal.signal(signal.SIGINT, leave)
+
+# isort: split
 import argparse
 import contextlib
 import difflib
 import errno
 import json
 import re
-import sys
 import typing
 from dataclasses import field, fields
 
@@ -34,6 +51,8 @@ class UserError(Exception):
 def run_command(main):
     """Run `main(argv)` as a program: a UserError becomes one line on stderr and exit status 2, Ctrl-C status 130."""
     program = os.path.basename(sys.argv[0])
+    if signal.getsignal(signal.SIGINT) is leave:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # a ? for a character that the terminal's encoding lacks
     try:
@@ -274,6 +293,15 @@ def seconds_in_words(seconds):
         if seconds >= 1.5 * size:
             return f"{seconds / size:.1f} {unit}"
     return f"{seconds:.0f} seconds"
+
+
+# What PyTorch says then: on a CUDA or Apple GPU, in cuBLAS, on a CPU (Linux and macOS, Windows).
+OUT_OF_MEMORY = ("out of memory", "ALLOC_FAILED", "can't allocate memory", "not enough memory")
+
+
+def is_out_of_memory(error):
+    """Is an error PyTorch's or Python's way to say that there is no memory left?"""
+    return isinstance(error, MemoryError) or any(words in str(error) for words in OUT_OF_MEMORY)
 
 
 def missing_extra(package, purpose):

@@ -9,7 +9,7 @@ import torch
 from transformers import GPT2LMHeadModel
 
 from checkpoint import save_model
-from generate import KVCache, beam_search, generate, next_token_probs
+from generate import KVCache, beam_search, generate, next_token_probs, penalize_repetition
 from tokenizer import CharTokenizer
 
 
@@ -377,6 +377,21 @@ def test_beam_search_goes_on_past_block_size_with_and_without_the_cache(make_mod
     cached = beam_search(model, idx, 20, num_beams=3)
     plain = beam_search(model, idx, 20, num_beams=3, use_cache=False)
     assert [h.tokens for h in cached] == [h.tokens for h in plain]
+
+
+def test_a_search_heeds_the_repetition_penalty(make_model):
+    """One beam is greedy with it, and more beams find the best by log-probabilities that are worked out here."""
+    model, idx = make_model(), tokens(1, 3)
+    greedy = written(model, idx, 12, temperature=0, repetition_penalty=3.0)[0].tolist()
+    assert beam_search(model, idx, 12, num_beams=1, repetition_penalty=3.0)[0].tokens == greedy
+    assert greedy != beam_search(model, idx, 12, num_beams=1)[0].tokens
+    best = beam_search(model, idx, 4, num_beams=3, repetition_penalty=3.0)[0]
+    text, total = idx, 0.0
+    for token in best.tokens:
+        logits = penalize_repetition(model(text)[0][:, -1].detach(), text, 3.0)
+        total += float(logits.log_softmax(dim=-1)[0, token])
+        text = torch.cat([text, torch.tensor([[token]])], dim=1)
+    assert best.score == pytest.approx(total / 4, abs=1e-5)
 
 
 def test_one_beam_is_greedy(make_model):

@@ -469,14 +469,21 @@ def test_a_turn_that_a_stop_string_ends_early_leaves_nothing_unwritten_in_the_ca
     model, tokenizer = sample.load_model(out_dir)
     text, expected = [], ""
     for said in ("1 and 2 ", " 6 said ", " 9"):  # without a cache
-        text, writer = text + tokenizer.encode(said).tolist(), sample.TextWriter(tokenizer, "make")
+        text, writer, shown = text + tokenizer.encode(said).tolist(), sample.TextWriter(tokenizer, "make"), ""
         for token in generate(model.eval(), torch.tensor([text]), 40, temperature=0, use_cache=False):
-            text.append(int(token))
-            expected += writer.add(int(token))
+            shown += writer.add(int(token))
             if writer.stopped:
                 break
-        expected += writer.rest() + "\n"
+        shown += writer.rest()
+        text += tokenizer.encode(shown).tolist()  # the stop string is forgotten
+        expected += shown + "\n"
     assert result.out == expected and "make" not in expected
+
+
+def test_what_is_typed_and_is_no_text_is_refused_in_a_line(command, out_dir):  # noqa: F811
+    result = command(sample, "--out_dir", out_dir, "--max_new_tokens", 5, "--interactive", stdin=b"1\xff\n1 and\n")
+    assert result.status == 0 and len(result.out) == 6 and "Traceback" not in result.err
+    assert result.err.startswith("sample.py: ") and "U+DCFF" in result.err
 
 
 def test_an_unknown_character_in_the_prompt_of_turns_is_refused(command, out_dir):  # noqa: F811
@@ -502,6 +509,10 @@ def test_a_turn_with_characters_the_model_does_not_know_is_one_line_and_the_next
         ("--probs --stop cat", "--probs"),
         ("--quantize int8 --dtype float32", "--quantize"),
         ("--interactive --prompt_file x", "--interactive"),
+        ("--num_beams 2 --temperature 0.5", "--temperature 0.5 and --num_beams 2"),
+        ("--num_beams 2 --top_k 5", "--top_k"),
+        ("--num_beams 2 --top_p 0.5", "--top_p"),
+        ("--num_beams 2 --min_p 0.5", "--min_p"),
     ],
 )
 def test_flags_that_make_no_sense_are_refused_in_one_line(command, out_dir, flags, word):  # noqa: F811
