@@ -16,6 +16,7 @@ Every file is written beside its place, synced, and renamed over it, so that a c
 Weights and states carry a checksum, so that what was damaged on the disk is noticed.
 """
 
+import contextlib
 import errno
 import hashlib
 import json
@@ -594,11 +595,12 @@ def _read_state(path):
 class Saver:
     """Writes in a thread of its own, so that training need not wait for the disk: one thing at a time.
 
-    To be used as a context: at its end all is written, or the error is raised.
+    To be used as a context: at its end all is written, or the error is raised. check: called before anything is
+    written; it may raise (Lock.check).
     """
 
-    def __init__(self):
-        self.thread, self.running, self.seconds = ThreadPoolExecutor(1), None, 0.0
+    def __init__(self, check=lambda: None):
+        self.thread, self.running, self.seconds, self.check = ThreadPoolExecutor(1), None, 0.0, check
 
     def start(self, write):
         """Call write() in the thread, once what was started before is done; raises the error of that."""
@@ -607,6 +609,7 @@ class Saver:
 
     def _timed(self, write):
         start = time.perf_counter()
+        self.check()
         write()
         self.seconds = time.perf_counter() - start  # that the last writing took
 
@@ -625,10 +628,26 @@ class Saver:
             self.wait()
 
 
+def read_metrics(path, say=False):
+    """The lines of a metrics.jsonl as dicts, but for those that are damaged; say: tell how many."""
+    with open(path, "rb") as f:
+        lines = [line for line in f if line.endswith(b"\n")]  # a last line that was cut off is none
+    metrics = []
+    for line in lines:
+        with contextlib.suppress(ValueError):
+            metric = json.loads(line)
+            if isinstance(metric, dict) and isinstance(metric.get("step"), int):
+                metrics.append(metric)
+    if say and len(metrics) < len(lines):
+        print(f"{path}: {len(lines) - len(metrics)} of its {len(lines)} lines are damaged, and left out")
+    return metrics
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # One run at a time
 
 
+LOCK = "run.lock"
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # what some network file systems say to a lock
 
 
@@ -640,18 +659,18 @@ class Lock:
     """
 
     def __init__(self):
-        self.file, self.before = None, None
+        self.file, self.before, self.directory = None, None, None
 
     def take(self, directory):
         """Lock the directory, in place of one that was locked before. Raises UserError where another run holds it."""
-        file = open(os.path.join(directory, "run.lock"), "a+", encoding="utf-8")  # noqa: SIM115
+        file = open(os.path.join(directory, LOCK), "a+", encoding="utf-8")  # noqa: SIM115
         if self.file is not None and os.path.samestat(os.fstat(file.fileno()), os.fstat(self.file.fileno())):
             file.close()
             return
+        owner = lock_owner(directory)
         try:
             lock_file(file)
         except OSError as error:
-            owner = lock_owner(directory)
             if error.errno in NO_LOCKS:
                 print(f"{directory}: its file system has no locks; see to it that no other run writes there")
             else:
@@ -666,8 +685,11 @@ class Lock:
                 ) from None
         self.release()
         file.seek(0)
-        self.file, self.before = file, file.read()
-        self._write(json.dumps(dict(pid=os.getpid(), host=socket.gethostname(), job=torchrun_job())))
+        self.file, self.before, self.directory = file, file.read(), directory
+        self._write_owner(torchrun_job() if owner.get("job") == torchrun_job() else None)
+
+    def _write_owner(self, job):
+        self._write(json.dumps(dict(pid=os.getpid(), host=socket.gethostname(), job=job)))
 
     def _write(self, text):
         self.file.truncate(0)
@@ -675,8 +697,23 @@ class Lock:
         self.file.flush()
 
     def keep(self):
-        """From now on this process is the one that trained there last."""
+        """From now on this process is the one that trained there last, and its torchrun job the one that may go on."""
         self.before = None
+        self._write_owner(torchrun_job())
+
+    def check(self):
+        """Raises UserError where the directory is no longer the one that was locked: it may be another run's by now."""
+        if self.file is None:
+            return
+        try:
+            same = os.path.samestat(os.stat(os.path.join(self.directory, LOCK)), os.fstat(self.file.fileno()))
+        except FileNotFoundError:
+            same = False
+        if not same:
+            raise UserError(
+                f"--out_dir {self.directory}: was moved, deleted or replaced while this run trained; go on with "
+                f"--resume where it is now"
+            )
 
     def release(self):
         if self.file is not None:
@@ -708,7 +745,7 @@ def lock_file(file):
 def lock_owner(directory):
     """What the process that trains in a directory, or did so last, wrote of itself: its pid, host and torchrun job."""
     try:
-        with open(os.path.join(directory, "run.lock"), encoding="utf-8") as f:
+        with open(os.path.join(directory, LOCK), encoding="utf-8") as f:
             owner = json.load(f)
     except (OSError, ValueError):
         return {}

@@ -177,6 +177,10 @@ def job():
     processes = ALONE
     try:
         if int(os.environ.get("WORLD_SIZE", 1)) > 1 and "RANK" in os.environ:
+            if "MASTER_ADDR" not in os.environ:
+                raise UserError(
+                    "WORLD_SIZE and RANK are set, MASTER_ADDR is not: start several processes with torchrun"
+                )
             processes = join()
         yield processes
         processes.leave()

@@ -25,7 +25,7 @@ from typing import Optional
 
 import torch
 
-from checkpoint import METRICS, gpt2_tokenizer, load_model, load_state
+from checkpoint import METRICS, gpt2_tokenizer, load_model, load_state, read_metrics
 from model import GPT
 from modern import Modern
 from tokenizer import CharTokenizer
@@ -231,9 +231,7 @@ def training_facts(out_dir):
         facts.append(("trained on", f"{data}, {counters['tokens']:,} tokens in {counters['step']:,} steps"))
     path = os.path.join(out_dir, METRICS)
     if os.path.exists(path):
-        with open(path, encoding="utf-8") as f:
-            metrics = [json.loads(line) for line in f if line.endswith("}\n")]
-        losses = [m["val_loss"] for m in metrics if "val_loss" in m]
+        losses = [m["val_loss"] for m in read_metrics(path) if "val_loss" in m]
         if losses:
             facts.append(("validation loss", f"{min(losses):.3f} nats per token"))
     return facts

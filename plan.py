@@ -298,6 +298,8 @@ def resume(options, given, processes=ALONE):
         raise UserError(f"{path}: {what}; put that back, or start anew with --fresh")
     try:
         data = load_data(options.data, tokenizer, options.field)
+    except UnknownCharacters:
+        raise UserError(f"--data {options.data}: is not the text this run began with; put that back to go on") from None
     except OtherTokenizer as error:
         raise UserError(
             f"--data {error.path}: was prepared with another tokenizer than that of the run in {options.out_dir}; put "
@@ -361,11 +363,17 @@ def matmul_peak(device, dtype, size=2048):
 # How long a run will take, and whether compiling pays
 
 
+def same_dice(device):
+    """A context that leaves the random numbers of the CPU and of a GPU as they were."""
+    on_gpu = device.type == "cuda" and torch.cuda.is_available()
+    return torch.random.fork_rng([device] if on_gpu else [])
+
+
 def seconds_per_token(learner, x, y):
     """Time a small forward and backward pass over some of x, y (B, T). Leaves no trace: no gradients, same dice."""
     threads = torch.get_num_threads() if learner.device.type == "cpu" else 1
     rows = min(len(x), learner.rows_at_once(x.size(1)) * threads)
-    with torch.random.fork_rng():
+    with same_dice(learner.device):
         for _ in range(3):  # the first runs warm up
             start = time.perf_counter()
             learner.add_gradients(x[:rows], y[:rows]).item()  # waits for the device
@@ -405,7 +413,7 @@ def maybe_compile(learner, x, y, forced, seconds):
     print(f"compile: yes, about {cost} s before the first step ...")
     try:
         learner.compute = torch.compile(learner.uncompiled)
-        with torch.random.fork_rng():
+        with same_dice(learner.device):
             rows = learner.rows_at_once(x.size(1))
             learner.add_gradients(x[:rows], y[:rows])
             learner.forget_gradients()

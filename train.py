@@ -36,6 +36,7 @@ from checkpoint import (
     Saver,
     lock_owner,
     model_files,
+    read_metrics,
     save_shards,
     save_state,
     saved_loss,
@@ -68,6 +69,7 @@ from utils import (
     autocast,
     is_out_of_memory,
     option,
+    outlive_readers,
     parse_options,
     pick_dtype,
     run_command,
@@ -145,6 +147,7 @@ class TrainOptions:
 
 
 def main(argv):
+    outlive_readers()
     with job() as processes:
         options, given = parse_options(TrainOptions, argv, "Train a GPT on a text file.")
         with errors_in_words(options):
@@ -161,8 +164,6 @@ def errors_in_words(options):
             raise
         remedy = "lower --batch_size (--gradient_accumulation_steps makes up for it) or --block_size, or add "
         raise UserError(f"out of memory; {remedy}--gradient_checkpointing") from None
-    except BrokenPipeError:
-        raise
     except OSError as error:  # a full disk, say; what was saved before is whole
         remedy = "make room there, then go on with --resume"
         raise UserError(f"--out_dir {options.out_dir}: cannot be written ({error.strerror}); {remedy}") from None
@@ -343,13 +344,15 @@ class Run:
             torch.manual_seed(self.options.seed + 1_000_003 * (self.processes.rank + 1) + self.step)
 
     def _drop_later_metrics(self):
-        lines = [json.dumps(m) + "\n" for m in read_metrics(self.path) if m["step"] <= self.step]
+        metrics = read_metrics(self.path, say=True)
+        lines = [json.dumps(m) + "\n" for m in metrics if m["step"] <= self.step]
         write_atomically(self.path, lambda path: write_lines(path, lines))
 
     def log(self, **figures):
         """Add a line to metrics.jsonl. JSON knows no infinity, which a gradient in float16 may reach: left out."""
         if not self.processes.first:
             return
+        self.saver.check()
         figures = {name: figure for name, figure in figures.items() if math.isfinite(figure)}
         line = dict(step=self.step, seconds=round(self.seconds, 3), tokens=self.tokens, **figures)
         with open(self.path, "a") as f:
@@ -405,12 +408,6 @@ def restore_random_states(states, device):
         torch.mps.set_rng_state(states["mps"])
 
 
-def read_metrics(path):
-    """The lines of a metrics.jsonl as dicts; a last line that was cut off is left out."""
-    with open(path) as f:
-        return [json.loads(line) for line in f if line.endswith("}\n")]
-
-
 def write_lines(path, lines):
     with open(path, "w") as f:
         f.writelines(lines)
@@ -452,7 +449,8 @@ def train(options, given, processes=ALONE):
 
 def train_until(at_end, options, given, processes):
     """train, where at_end, a context, closes whatever must not stay open, however the run ends."""
-    lock, saver = at_end.enter_context(Lock()), at_end.enter_context(Saver())
+    lock = at_end.enter_context(Lock())
+    saver = at_end.enter_context(Saver(lock.check))
     options = claim_directory(options, lock, processes)
     device = processes.own_device(options.device)
     processes.begin(device)
@@ -543,9 +541,9 @@ def train_until(at_end, options, given, processes):
                 figures["skipped"] = skipped
             run.log(**figures, tokens_per_s=round(tokens_per_s))
             bar.set_postfix_str(f"loss {train_loss:.3f}, {tokens_per_s:,.0f} tokens/s", refresh=False)
-            if options.sample_interval and run.step % options.sample_interval == 0:
-                bar.write(sample_text(model, data.tokenizer, 200, device) + "\n")
             last_seconds, last_tokens = run.seconds, run.tokens
+        if options.sample_interval and run.step % options.sample_interval == 0:
+            bar.write(sample_text(model, data.tokenizer, 200, device) + "\n")
         if not run.due and save_is_due:
             run.save()
     bar.close()
@@ -569,8 +567,8 @@ def look_ahead(run, batches, given):
         seconds = token_seconds * x.numel() * (options.max_iters - run.step)
         if seconds > 3600:
             print(f"This run will take about {seconds_in_words(seconds)} on this machine.")
-            if options.init_from is None:  # else the size is that of the weights
-                flags, share = smaller_setting(options)
+            flags, share = smaller_setting(options)
+            if share < 1 and options.init_from is None:  # else the size is that of the weights
                 print(f"A smaller one, about {seconds_in_words(seconds * share)}: python train.py {flags}")
     compile, forced = options.compile, "compile" in given
     if run.compiled is not None and not forced:

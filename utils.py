@@ -68,6 +68,24 @@ def run_command(main):
     sys.exit(status)
 
 
+def outlive_readers():
+    """Let print go on, in vain, where the reader of our output has left (`python train.py | head`): the work is done
+    for what it leaves on disk."""
+    for stream in (sys.stdout, sys.stderr):
+        for name in ("write", "flush"):
+            setattr(stream, name, _to_nobody(getattr(stream, name), stream))
+
+
+def _to_nobody(function, stream):
+    def call(*args):
+        try:
+            return function(*args)
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+    return call
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The command line: one dataclass per command says it all
 

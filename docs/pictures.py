@@ -7,7 +7,6 @@ drawn with a seed, and of its last hundred tokens the one with most nearly three
 """
 
 import base64
-import json
 import os
 import tempfile
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from browser import Browser, NoChromium, find_chromium
 import export
 import inside
 import plots
-from checkpoint import METRICS, load_model
+from checkpoint import METRICS, load_model, read_metrics
 from generate import generate
 from tokenizer import prompt_tokens
 from utils import UserError, option, parse_options, run_command
@@ -40,8 +39,8 @@ class PicturesOptions:
 def main(argv):
     options, _ = parse_options(PicturesOptions, argv, "Draw the README's pictures.")
     model, tokenizer = load_model(options.out_dir)
-    with open(os.path.join(options.out_dir, METRICS), encoding="utf-8") as f:
-        plots.loss_curve([json.loads(line) for line in f]).savefig(HERE / "loss.png", dpi=90)
+    metrics = read_metrics(os.path.join(options.out_dir, METRICS))
+    plots.loss_curve(metrics).savefig(HERE / "loss.png", dpi=90)
     draw_lens(model, tokenizer)
     draw_page(model.eval(), tokenizer, options.out_dir)
     return 0

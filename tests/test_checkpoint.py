@@ -22,6 +22,7 @@ from checkpoint import (
     load_model,
     load_state,
     lock_owner,
+    read_metrics,
     save_model,
     save_state,
     snapshot,
@@ -679,3 +680,56 @@ def test_a_file_system_without_locks_is_told_and_used(tmp_path, monkeypatch, cap
     with Lock() as lock:
         lock.take(str(tmp_path))
     assert "its file system has no locks" in capsys.readouterr().out
+
+
+def test_only_a_torchrun_job_that_came_as_far_as_training_is_named_as_the_owner(tmp_path, monkeypatch):
+    def take(job):
+        monkeypatch.setenv("TORCHELASTIC_RUN_ID", job)
+        with Lock() as lock:
+            lock.take(str(tmp_path))
+            lock.before = None  # as after a kill, which leaves the file as it is
+        return lock_owner(str(tmp_path))["job"]
+
+    assert take("a") is None
+    with Lock() as lock:
+        lock.take(str(tmp_path))
+        lock.keep()
+    assert lock_owner(str(tmp_path))["job"].startswith("a of")
+    assert take("a").startswith("a of"), "started again, and killed while it was loading"
+    assert take("b") is None
+
+
+def test_a_directory_that_is_no_longer_the_one_that_was_locked_is_noticed(tmp_path):
+    out = tmp_path / "out"
+    with Lock() as lock:
+        lock.check()
+        out.mkdir()
+        lock.take(str(out))
+        lock.check()
+        out.rename(tmp_path / "elsewhere")
+        refused(out, "was moved, deleted or replaced while this run trained", lambda _: lock.check())
+        out.mkdir()
+        with Lock() as other:
+            other.take(str(out))
+            refused(out, "was moved, deleted or replaced", lambda _: lock.check())
+            other.check()
+
+
+def test_nothing_is_written_into_a_directory_that_is_another_runs_by_now():
+    def moved():
+        raise UserError("it was moved")
+
+    written = []
+    with pytest.raises(UserError, match="it was moved"), checkpoint.Saver(moved) as saver:
+        saver.start(lambda: written.append(1))
+    assert written == []
+
+
+@pytest.mark.parametrize(
+    "line", [b'{"step": 2\n', b"\0" * 40 + b"\n", b'{"st\xe5p": 2}\n', b'{"stop": 2}\n', b"[2]\n"], ids=repr
+)
+def test_damaged_lines_of_the_metrics_are_left_out_and_told(tmp_path, capsys, line):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 1}\n' + line + b'{"step": 3}\n{"step": 4')
+    assert [m["step"] for m in read_metrics(str(path), say=True)] == [1, 3]
+    assert capsys.readouterr().out == f"{path}: 1 of its 3 lines are damaged, and left out\n"

@@ -251,8 +251,21 @@ def test_an_unknown_flag_is_refused_with_the_nearest_one(tmp_path):
 
 
 def test_samples_are_shown_while_it_trains_where_that_is_asked_for(command, own):
-    result = command(train, "--data", "text.txt", "--out_dir", "new", *TINY, "--max_iters", 4, "--sample_interval", 2)
-    assert result.status == 0 and len(result.out) > 3 * 200
+    flags = ["--max_iters", 4, "--sample_interval", 1, "--log_interval", 3]
+    result = command(train, "--data", "text.txt", "--out_dir", "new", *TINY, *flags)
+    assert result.status == 0 and 4 * 200 + 400 < len(result.out) < 5 * 200 + 400 + 800
+    assert [m["step"] for m in metrics_of("new") if "train_loss" in m] == [1, 3, 4]
+
+
+def test_a_run_whose_reader_leaves_goes_on_to_its_end(own, tmp_path):
+    """As in `python train.py | head -1`."""
+    arguments = ["--data", "text.txt", "--out_dir", "new", *TINY, "--max_iters", 30, "--sample_interval", 1]
+    process = start("train.py", *arguments, cwd=tmp_path)
+    assert process.stdout.readline()
+    process.stdout.close()
+    err = process.stderr.read()
+    assert process.wait() == 0, err
+    assert metrics_of("new")[-1]["step"] == 30
 
 
 @pytest.mark.skipif(os.name == "nt", reason="the search for a compiler is another on Windows")
@@ -339,6 +352,7 @@ def test_a_finished_run_goes_on_only_with_more_max_iters(command, own):
         (["--dropout", "0"], "--dropout 0.0: this run began with 0.2"),
         (["--seed", "1"], "--seed 1: this run began with 1337"),
         (["--data", "other.txt"], "is not the text this run began with"),
+        (["--data", "foreign.txt"], "--data foreign.txt: is not the text this run began with"),
         (["--data", "missing.txt"], "--data missing.txt: cannot be read"),
         (["--out_dir", "nowhere"], "nowhere holds no state.pt"),
         (["--fresh"], "--resume and --fresh"),
@@ -346,6 +360,7 @@ def test_a_finished_run_goes_on_only_with_more_max_iters(command, own):
 )
 def test_resuming_as_another_run_is_refused_and_changes_nothing(command, own, tmp_path, args, words):
     (tmp_path / "other.txt").write_text((tmp_path / "text.txt").read_text(encoding="utf-8")[:-1], encoding="utf-8")
+    (tmp_path / "foreign.txt").write_text("ж" * 1000, encoding="utf-8")
     before = contents(tmp_path)
     assert_refused(command(train, "--resume", "--max_iters", 2 * STEPS, *args), words)
     assert contents(tmp_path) == before

@@ -356,6 +356,14 @@ def test_which_errors_are_about_another_process(error, lost):
     assert distributed.is_loss(error) is lost
 
 
+def test_processes_that_torchrun_did_not_start_are_refused(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    with pytest.raises(UserError, match="start several processes with torchrun"), distributed.job():
+        pass
+
+
 def test_a_process_alone_asks_nobody():
     assert ALONE.from_first(lambda: 3) == 3 and ALONE.gather("x") == ["x"]
     assert ALONE.agree(0.5, True, signal=15) == [15, 0.5, True] and ALONE.sum(2.5) == 2.5

@@ -474,6 +474,8 @@ def test_a_sample_leaves_the_model_in_training_mode_and_the_dice_alone(make_mode
 
 def test_a_run_of_more_than_an_hour_says_so_up_front_and_names_a_smaller_one_that_train_takes(run, capsys, monkeypatch):
     monkeypatch.setattr(train, "seconds_per_token", lambda *_: 6000 / (2 * 4 * 8))
+    plain = train.smaller_setting
+    monkeypatch.setattr(train, "smaller_setting", lambda options: (plain(options)[0], 0.1))
     run("slow", n_layer=6, n_embd=96, n_head=6, max_iters=2)
     out = capsys.readouterr().out.splitlines()
     announced = next(i for i, line in enumerate(out) if "about 1.7 hours" in line)
@@ -481,6 +483,11 @@ def test_a_run_of_more_than_an_hour_says_so_up_front_and_names_a_smaller_one_tha
     flags = out[announced + 1].split("python train.py ")[1].split()
     smaller, _ = parse_options(train.TrainOptions, flags, "")
     assert smaller.n_embd < 384 and smaller.n_embd % smaller.n_head == 0
+
+    monkeypatch.setattr(train, "smaller_setting", plain)
+    run("small", max_iters=2)
+    out = capsys.readouterr().out
+    assert "hours" in out and "A smaller one" not in out, "that one would be larger"
 
     monkeypatch.setattr(train, "seconds_per_token", lambda *_: 0.01)
     run("fast", max_iters=2)
