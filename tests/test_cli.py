@@ -265,7 +265,7 @@ def test_a_run_whose_reader_leaves_goes_on_to_its_end(own, tmp_path):
     process.stdout.close()
     err = process.stderr.read()
     assert process.wait() == 0, err
-    assert metrics_of("new")[-1]["step"] == 30
+    assert metrics_of(tmp_path / "new")[-1]["step"] == 30
 
 
 @pytest.mark.skipif(os.name == "nt", reason="the search for a compiler is another on Windows")
