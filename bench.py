@@ -33,25 +33,42 @@ import bench_page
 import modern
 import optim
 import train
-from bench_peers import AS_PYTORCH_HAS_IT, finished, measured, nanogpt_module, peers
+from bench_peers import (
+    AS_PYTORCH_HAS_IT,
+    check_json,
+    dtype_of,
+    finished,
+    measured,
+    nanogpt_module,
+    peers,
+    synchronize,
+)
 from checkpoint import METRICS, load_model
 from data import load_data, validation_loss
-from generate import generate
 from model import GPT, GPTConfig
 from optim import Learner
 from plan import matmul_peak
 from train import TrainOptions
-from utils import UserError, autocast, option, parse_options, pick_device, pick_dtype, run_command
+from utils import UserError, autocast, option, parse_options, pick_device, pick_dtype, run_command, write_json
 
-# The two settings that peers report on: the default model, and nanoGPT's for a computer without a GPU.
+
+@dataclass
+class Setting(TrainOptions):
+    """What is trained in a measurement."""
+
+    vocab_size: int = 65  # of Tiny Shakespeare's characters
+
+
+# What peers report on: the default model, nanoGPT's for a computer without a GPU, and on a CUDA GPU its GPT-2.
+GPT2 = "GPT-2 124M (12 x 768, block 1024, batch 16)"
 SETTINGS = {
-    "default (6 x 384, block 256, batch 64)": TrainOptions(),
-    "small (4 x 128, block 64, batch 12)": TrainOptions(
+    "default (6 x 384, block 256, batch 64)": Setting(),
+    "small (4 x 128, block 64, batch 12)": Setting(
         n_layer=4, n_head=4, n_embd=128, block_size=64, batch_size=12, dropout=0.0
     ),
+    GPT2: Setting(n_layer=12, n_head=12, n_embd=768, block_size=1024, batch_size=16, dropout=0.0, vocab_size=50304),
 }
 HERE = os.path.dirname(os.path.abspath(__file__))
-VOCAB_SIZE = 65  # of Tiny Shakespeare's characters
 NEW_TOKENS = 250
 
 
@@ -101,7 +118,7 @@ class IdeasOptions:
 def training_work(system, setting, options):
     """A function that makes one training step, and how many tokens that is."""
     device = pick_device(options.device)
-    tokens = torch.randint(VOCAB_SIZE, (setting.batch_size, setting.block_size + 1), device=device)
+    tokens = torch.randint(setting.vocab_size, (setting.batch_size, setting.block_size + 1), device=device)
     x, y = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
     if system == "ours":
         learner = Learner(GPT(model_config(setting)).to(device), setting, device, pick_dtype(None, device))
@@ -113,11 +130,9 @@ def training_work(system, setting, options):
     optimizer = torch.optim.AdamW(model.parameters(), fused=device.type == "cuda", **settings)
     if device.type == "cuda":
         model = torch.compile(model)
-    # Both peers' own settings: mixed precision on a GPU, float32 on a CPU.
-    dtype = pick_dtype(None, device) if device.type == "cuda" else torch.float32
 
     def step():
-        with autocast(device, dtype):
+        with autocast(device, dtype_of(device)):  # both peers' own settings
             loss = model(x, labels=x).loss if system == "transformers" else model(x, y)[1]
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -132,18 +147,18 @@ def generation_work(system, setting, options):
     device = pick_device(options.device)
     idx = torch.zeros(1, 1, dtype=torch.int64, device=device)
     if system == "ours":
-        model = GPT(model_config(setting)).to(device).eval()
-        return lambda: list(generate(model, idx, NEW_TOKENS, temperature=0.8, top_k=40)), NEW_TOKENS
-    model = peer_model(system, setting, options).to(device).eval()
+        model = GPT(model_config(setting)).to(device, dtype_of(device)).eval()
+        return bench_generate.writing(model, idx, NEW_TOKENS), NEW_TOKENS
+    model = peer_model(system, setting, options).to(device, dtype_of(device)).eval()
     if system == "nanogpt":
-        return lambda: model.generate(idx, NEW_TOKENS, temperature=0.8, top_k=40), NEW_TOKENS
-    settings = dict(do_sample=True, temperature=0.8, top_k=40, max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS)
+        return lambda: model.generate(idx, NEW_TOKENS, **bench_generate.HOW), NEW_TOKENS
+    settings = dict(do_sample=True, max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS, **bench_generate.HOW)
     return lambda: model.generate(idx, attention_mask=torch.ones_like(idx), pad_token_id=0, **settings), NEW_TOKENS
 
 
 def model_config(setting):
     sizes = {name: getattr(setting, name) for name in ("block_size", "n_layer", "n_head", "n_embd", "dropout")}
-    return GPTConfig(vocab_size=VOCAB_SIZE, **sizes)
+    return GPTConfig(vocab_size=setting.vocab_size, **sizes)
 
 
 def peer_model(system, setting, options):
@@ -152,7 +167,9 @@ def peer_model(system, setting, options):
         from transformers import GPT2Config, GPT2LMHeadModel
 
         sizes = dict(n_layer=setting.n_layer, n_head=setting.n_head, n_embd=setting.n_embd)
-        sizes.update(n_positions=setting.block_size, vocab_size=VOCAB_SIZE, bos_token_id=None, eos_token_id=None)
+        sizes.update(
+            n_positions=setting.block_size, vocab_size=setting.vocab_size, bos_token_id=None, eos_token_id=None
+        )
         p = setting.dropout
         return GPT2LMHeadModel(GPT2Config(attn_pdrop=p, embd_pdrop=p, resid_pdrop=p, **sizes))
     module = nanogpt_module(options.nanogpt)
@@ -164,22 +181,22 @@ def measure(case, options):
     system, work, name = case.split("|")
     build = {"train": training_work, "generate": generation_work}[work]
     step, tokens = build(system, SETTINGS[name], options)
-    wait = torch.cuda.synchronize if pick_device(options.device).type == "cuda" else lambda: None
+    device = pick_device(options.device)
     step()  # warms up
     times = []
     while sum(times) < options.seconds or len(times) < 2:
-        wait()
+        synchronize(device)
         start = time.perf_counter()
         step()
-        wait()
+        synchronize(device)
         times.append(time.perf_counter() - start)
-    return dict(tokens_per_s=tokens / statistics.median(times), memory_mb=peak_memory())
+    return dict(tokens_per_s=tokens / statistics.median(times), memory_mb=peak_memory(device))
 
 
-def peak_memory():
-    """The most memory this process ever held, in MB; None where the system does not say."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 2**20
+def peak_memory(device):
+    """The most memory this process ever held, on a CUDA GPU or else in all, in MB; None where nobody says."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
     try:
         import resource
     except ImportError:  # Windows
@@ -211,14 +228,13 @@ def main(argv):
 
 def speed(options):
     """Measure every case in turns and print the table."""
+    check_json(options.json)
     device = pick_device(options.device)
     dtype = pick_dtype(None, device)
     systems = ["ours", *peers(options)]
-    works = {
-        name: ("train", "generate") if setting.block_size > NEW_TOKENS else ("train",)
-        for name, setting in SETTINGS.items()
-    }
-    cases = [f"{system}|{work}|{name}" for name in SETTINGS for work in works[name] for system in systems]
+    names = [name for name in SETTINGS if name != GPT2 or device.type == "cuda"]  # a CPU takes minutes for its step
+    works = {name: ("train", "generate") if SETTINGS[name].block_size > NEW_TOKENS else ("train",) for name in names}
+    cases = [f"{system}|{work}|{name}" for name in names for work in works[name] for system in systems]
     peak = matmul_peak(device, dtype)
     print(f"{machine(device)}; matrix products {peak / 1e9:,.0f} GFLOP/s in {str(dtype)[6:]}")
     results = {case: [] for case in cases}
@@ -234,14 +250,15 @@ def speed(options):
         row = dict(system=system, work=work, setting=name, tokens_per_s=statistics.median(speeds))
         row.update(lowest=min(speeds), highest=max(speeds), memory_mb=max(memory) if memory else None)
         if work == "train":
-            row["share_of_peak"] = row["tokens_per_s"] * GPT(model_config(SETTINGS[name])).flops_per_token() / peak
+            with torch.device("meta"):  # a model without memory
+                flops = GPT(model_config(SETTINGS[name])).flops_per_token()
+            row["share_of_peak"] = row["tokens_per_s"] * flops / peak
         rows.append(row)
-    for name in SETTINGS:
+    for name in names:
         print_table(name, [row for row in rows if row["setting"] == name])
     if options.json:
         content = dict(date=time.strftime("%Y-%m-%d"), machine=machine(device), matmul_flops=peak, rows=rows)
-        with open(options.json, "w", encoding="utf-8") as f:
-            json.dump(content, f, indent=1)
+        write_json(options.json, content)
     return 0
 
 
@@ -277,36 +294,36 @@ def quality(options):
         times = [float(m) for m in options.minutes.split()]
     except ValueError:
         raise UserError(f"--minutes '{options.minutes}': wants numbers with a space between") from None
+    check_json(options.json)
     data, rows = load_data(options.data), []
-    print(f"{machine(torch.device('cpu'))}; {options.data}\n  {'':<26}{'seconds':>9}{'val loss':>10}{'bits/byte':>11}")
+    print(f"{machine(torch.device('cpu'))}; {options.data}\n  {'':<29}{'seconds':>9}{'val loss':>10}{'bits/byte':>11}")
     for seed in range(1, options.rounds + 1):
         if options.nanogpt is not None:
             rows.append(dict(system="nanoGPT, its CPU setting", seed=seed, **nanogpt_run(options.nanogpt, data, seed)))
-            print_quality(rows[-1], data)
+            print_quality(rows[-1])
         for minutes in times:
             rows.append(dict(system=f"--minutes {minutes:g}", seed=seed, **our_run(options, minutes, seed)))
-            print_quality(rows[-1], data)
+            print_quality(rows[-1])
             for name, flags in FIXED.items() if options.fixed else ():
                 rows.append(dict(system=f"{name}, {minutes:g} min", seed=seed))
                 rows[-1].update(fixed_run(options, flags, minutes, seed))
-                print_quality(rows[-1], data)
+                print_quality(rows[-1])
     reached = [row["seconds"] for row in rows if options.target is not None and row["val_loss"] <= options.target]
     if options.target is not None:
         print(f"val loss {options.target:g}: " + (f"reached in {min(reached):.1f} s" if reached else "not reached"))
     if options.json:
         content = dict(date=time.strftime("%Y-%m-%d"), machine=machine(torch.device("cpu")), rows=rows)
-        with open(options.json, "w", encoding="utf-8") as f:
-            json.dump(content, f, indent=1)
+        write_json(options.json, content)
     return 0
 
 
-def print_quality(row, data):
-    bits = data.bits_per_byte(row["val_loss"])
-    print(f"  {row['system']:<26}{row['seconds']:>9.1f}{row['val_loss']:>10.4f}{bits:>11.3f}", flush=True)
+def print_quality(row):
+    line = f"  {row['system']:<29}{row['seconds']:>9.1f}{row['val_loss']:>10.4f}{row['bits_per_byte']:>11.3f}"
+    print(line + f"  {row.get('note', '')}".rstrip(), flush=True)
 
 
 def our_run(options, minutes, seed):
-    """Train for that many minutes in a process. Returns its seconds and the val loss of the weights it leaves."""
+    """Train for that many minutes in a process. Returns its seconds and the losses of the weights it leaves."""
     with tempfile.TemporaryDirectory() as folder:
         return train_process(options, folder, seed, "--minutes", minutes)
 
@@ -318,21 +335,25 @@ FIXED = {"the default model": [], "4 x 128": SMALL.split()}
 
 def fixed_run(options, flags, minutes, seed):
     """Train a fixed setting for as many steps as fit into the time, by the speed of 20 steps made before."""
+    print("20 steps, to see how many fit", file=sys.stderr)
     with tempfile.TemporaryDirectory() as folder:
         short = train_process(options, folder, seed, *flags, "--max_iters", 20, "--log_interval", 1)
         steps = train.read_metrics(os.path.join(folder, "out", METRICS))[:20]
     a_step = (steps[-1]["seconds"] - steps[0]["seconds"]) / 19
-    fitting = max(1, int((60 * minutes - short["seconds"]) / a_step) + 20)
+    fitting = max(1, int((60 * minutes - short["seconds"]) // a_step) + 20)
+    note = f"{fitting:,} steps"
+    if short["seconds"] > 60 * minutes:
+        note += f"; the 20 before it took {short['seconds']:.0f} s, longer than the time"
     with tempfile.TemporaryDirectory() as folder:
-        return train_process(options, folder, seed, *flags, "--max_iters", fitting)
+        return dict(train_process(options, folder, seed, *flags, "--max_iters", fitting), note=note)
 
 
 def train_process(options, folder, seed, *flags):
-    """Train in a process, in a folder. Returns its seconds and the val loss of the weights it leaves."""
+    """Train in a process, in a folder. Returns its seconds and the losses of the weights it leaves."""
     out = os.path.join(folder, "out")
     command = [sys.executable, os.path.join(HERE, "train.py"), "--data", options.data, "--out_dir", out]
     seconds = timed([*command, "--seed", str(seed), *map(str, flags), *options.flags.split()])
-    return dict(seconds=seconds, val_loss=whole_val_loss(out, options.data))
+    return dict(seconds=seconds, **whole_val_loss(out, options.data))
 
 
 def nanogpt_run(clone, data, seed):
@@ -353,7 +374,7 @@ def nanogpt_run(clone, data, seed):
         command = [sys.executable, "train.py", "config/train_shakespeare_char.py", *flags.split()]
         seconds = timed(command, cwd=copy, env=AS_PYTORCH_HAS_IT)
         model, _ = load_model(os.path.join(copy, "out-shakespeare-char", "ckpt.pt"))
-        return dict(seconds=seconds, val_loss=validation_loss(model, data.val, 64))
+        return dict(seconds=seconds, **losses_of(model, data))
 
 
 def timed(command, cwd=None, env=None):
@@ -364,9 +385,15 @@ def timed(command, cwd=None, env=None):
 
 
 def whole_val_loss(directory, path):
-    """The loss of a trained model over the whole val split of a text, in float32."""
+    """The losses of a trained model on a text, in its own tokens."""
     model, tokenizer = load_model(directory)
-    return validation_loss(model, load_data(path, tokenizer).val, 64)
+    return losses_of(model, load_data(path, tokenizer))
+
+
+def losses_of(model, data):
+    """The loss over the whole val split, in float32: in nats per token, and in bits per byte."""
+    loss = validation_loss(model, data.val, 64)
+    return dict(val_loss=loss, bits_per_byte=data.bits_per_byte(loss))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

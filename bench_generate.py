@@ -4,6 +4,7 @@ Each figure is measured in a process of its own; the systems take turns, round a
 """
 
 import json
+import math
 import os
 import statistics
 import subprocess
@@ -14,23 +15,24 @@ from typing import Optional
 
 import torch
 
-from bench_peers import finished, measured, nanogpt_module, peers
+from bench_peers import check_json, dtype_of, finished, measured, nanogpt_module, peers, synchronize
 from checkpoint import load_model
 from draft import Draft
 from generate import Reader, Sampling, Speculation, beam_search, best_threads, generate, speculate, use_threads
+from graphs import GraphReader
 from lighten import lighten
+from model import GPT
 from tokenizer import prompt_tokens
-from utils import UserError, option
+from utils import DTYPES, UserError, option, pick_device, pick_dtype, write_json
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 NEW_TOKENS = 250
 WORKS = {
     "sample": "one stream, tokens/s",
     "beams": "beam search with 4 beams, tokens/s",
-    "many": "32 samples at once, tokens/s in all",
+    "many": "samples at once (32, with CUDA 64), tokens/s in all",
     "first": "first token after a prompt of 200, ms",
 }
-OURS = {"ours, float32": "float32", "ours, bfloat16": "bfloat16", "ours, int8": "int8"}
 HOW = dict(temperature=0.8, top_k=40)
 
 
@@ -43,6 +45,7 @@ class GenerateOptions:
     peers: bool = option(False, "measure Hugging Face transformers beside us, with the same weights (--arch gpt)")
     nanogpt: Optional[str] = option(None, "directory of a nanoGPT clone to measure beside us (a model of that size)")
     json: Optional[str] = option(None, "file for all figures, as JSON")
+    device: Optional[str] = option(None, "cpu, cuda, cuda:1 or mps (default: cuda if available)")
     case: Optional[str] = option(None, "measure this one case, SYSTEM|WORK, and print JSON (used by bench.py)")
 
 
@@ -51,10 +54,15 @@ def main(options):
     if options.case is not None:
         print(json.dumps(measure(options)))
         return 0
+    check_json(options.json)
+    device = pick_device(options.device)
     model, _ = load_model(options.out_dir)  # a missing model is one line here, not one for each case
+    others = peers(options)
+    if others and not isinstance(model, GPT):
+        raise UserError(f"--out_dir {options.out_dir}: peers have no model like it; give one made with --arch gpt")
     if options.peers and model.config.block_size <= NEW_TOKENS:
         raise UserError(f"--peers: write no more than block_size tokens; give a model with more than {NEW_TOKENS}")
-    systems = [*OURS, *peers(options)]
+    systems = [*(f"ours, {kind}" for kind in kinds(model, device)), *others]
     cases = [f"{s}|{w}" for w in WORKS for s in systems if s != "nanogpt" or w in ("sample", "first")]
     results = {case: [] for case in cases}
     whole = []
@@ -62,7 +70,7 @@ def main(options):
         for case in cases:
             print(f"round {number + 1} of {options.rounds}: {case}", file=sys.stderr)
             results[case].append(run_case(case, options))
-        whole.append(whole_process(options.out_dir))
+        whole.append(whole_process(options))
     for work, title in WORKS.items():
         print(f"\n{title}")
         for system in systems:
@@ -76,22 +84,35 @@ def main(options):
         print(f"  {name:<22}{statistics.median(times[i] for times in whole):>8.2f}")
     if options.json:
         content = dict(date=time.strftime("%Y-%m-%d"), cases=results, whole_process=whole)
-        with open(options.json, "w", encoding="utf-8") as f:
-            json.dump(content, f, indent=1)
+        write_json(options.json, content)
     return 0
+
+
+def kinds(model, device):
+    """The number formats in which sample.py holds the model's weights on a device. The model is of no use after it."""
+    if device.type != "cpu":
+        return [str(pick_dtype(None, device))[6:]]
+    try:
+        lighten(model, "int8")
+    except UserError as error:
+        print(f"ours, int8 is left out ({str(error).split(';')[0]})")
+        return ["float32", "bfloat16"]
+    return ["float32", "bfloat16", "int8"]
 
 
 def run_case(case, options):
     """Measure a case in a new process."""
     command = [sys.executable, os.path.join(HERE, "bench.py"), "generate", "--case", case, "--out_dir", options.out_dir]
-    if options.nanogpt is not None:
-        command += ["--nanogpt", options.nanogpt]
+    for name in ("nanogpt", "device"):
+        if getattr(options, name) is not None:
+            command += [f"--{name}", getattr(options, name)]
     return measured(command, case)
 
 
-def whole_process(out_dir):
+def whole_process(options):
     """Seconds of `python sample.py`, of `import torch` alone, and of the tokens alone by sample.py's own count."""
-    command = [sys.executable, os.path.join(HERE, "sample.py"), "--out_dir", out_dir]
+    command = [sys.executable, os.path.join(HERE, "sample.py"), "--out_dir", options.out_dir]
+    command += ["--device", options.device] if options.device is not None else []
     command += ["--max_new_tokens", "200", "--temperature", "0.8", "--top_k", "40", "--stats"]
     start = time.perf_counter()
     done = finished(command, "sample.py")
@@ -106,35 +127,68 @@ def whole_process(out_dir):
 
 
 def measure(options):
-    """A case's figure: the median of five, after one to warm up."""
+    """A case's figure: the median of five, after one to warm up, in which a GPU's step is recorded too."""
     system, work = options.case.split("|")
+    device = pick_device(options.device)
     model, tokenizer = load_model(options.out_dir)
-    prompt = prompt_tokens(tokenizer, "")
+    prompt = prompt_tokens(tokenizer, "").to(device)
     if work == "first":
         prompt = prompt.repeat(1, 200)[:, :200]
-    build = our_work if system in OURS else transformers_work if system == "transformers" else nanogpt_work
+    build = dict(transformers=transformers_work, nanogpt=nanogpt_work).get(system, our_work)
     do, note = build(system, work, model.eval(), prompt, options)
     do()
     times = []
     for _ in range(5):
+        synchronize(device)
         start = time.perf_counter()
         do()
+        synchronize(device)
         times.append(time.perf_counter() - start)
     seconds = statistics.median(times)
-    tokens = NEW_TOKENS * (32 if work == "many" else 1)
-    return dict(figure=1000 * seconds if work == "first" else tokens / seconds, note=note())
+    if work == "first":
+        return dict(figure=1000 * seconds, note=note())
+    figure = NEW_TOKENS * (at_once(device) if work == "many" else 1) / seconds
+    if work == "sample" and device.type == "cuda":  # a pass for each token, which reads all weights
+        share = bytes_read(model, dtype_of(device)) * figure / copy_bandwidth(device)
+        return dict(figure=figure, note=f"{share:.0%} of what the memory's bandwidth allows")
+    return dict(figure=figure, note=note())
+
+
+def at_once(device):
+    """How many samples are "many"."""
+    return 64 if device.type == "cuda" else 32
+
+
+def bytes_read(model, dtype):
+    """The bytes of the weights that a pass over one token reads: of a table only a row."""
+    return model.num_params(embedding=False) * torch.finfo(dtype).bits // 8
+
+
+def copy_bandwidth(device, size=2**29):
+    """The bytes a second that the device's memory moves: the best of ten copies of `size` bytes, read and written."""
+    source = torch.zeros(size, dtype=torch.uint8, device=device)
+    target, best = torch.empty_like(source), math.inf
+    for _ in range(10):
+        synchronize(device)
+        start = time.perf_counter()
+        target.copy_(source)
+        synchronize(device)
+        best = min(best, time.perf_counter() - start)
+    return 2 * size / best
 
 
 def our_work(system, work, model, prompt, options):
     """As sample.py does it, with weights in the system's format. Returns the work and a function for its footnote."""
-    kind, counts = OURS[system], Speculation()
-    if kind in ("bfloat16", "int8"):
-        lighten(model, kind)
-    draft, threads = Draft.load(options.out_dir), best_threads(model, 4)
+    kind, counts, device = system.split(", ")[1], Speculation(), prompt.device
+    draft = threads = None
+    if device.type == "cpu":
+        if kind != "float32":
+            lighten(model, kind)
+        draft, threads = Draft.load(options.out_dir), best_threads(model, 4)
+    else:
+        model.to(device, DTYPES[kind])
 
-    def sample():
-        if draft is None:
-            return list(generate(model, prompt, NEW_TOKENS, reader=Reader(model, threads=threads), **HOW))
+    def guessed():
         how = dict(sampling=Sampling(**HOW), counts=counts, reader=Reader(model, threads=threads))
         return list(speculate(model, prompt, NEW_TOKENS, draft, **how))
 
@@ -143,18 +197,29 @@ def our_work(system, work, model, prompt, options):
             beam_search(model, prompt, NEW_TOKENS, 4)
 
     works = dict(
-        sample=sample,
+        sample=guessed if draft is not None else writing(model, prompt, NEW_TOKENS, threads),
         beams=beams,
-        many=lambda: list(generate(model, prompt.expand(32, -1), NEW_TOKENS, **HOW)),
-        first=lambda: list(generate(model, prompt, 1, **HOW)),
+        many=writing(model, prompt.expand(at_once(device), -1), NEW_TOKENS),
+        first=writing(model, prompt, 1),
     )
     return works[work], lambda: f"{counts.tokens / counts.passes:.1f} tokens a pass" if counts.passes else ""
+
+
+def writing(model, idx, n, threads=None):
+    """A function that writes n tokens after each row of idx (B, T), as sample.py does on the device of idx."""
+    reader = GraphReader(model) if idx.device.type == "cuda" else Reader(model, threads=threads)
+
+    def write():
+        reader.start = None  # a new text; a step that is recorded stays so
+        return list(generate(model, idx, n, reader=reader, **HOW))
+
+    return write
 
 
 def transformers_work(system, work, model, prompt, options):
     from transformers import GPT2LMHeadModel
 
-    theirs = GPT2LMHeadModel.from_pretrained(options.out_dir).eval()
+    theirs = GPT2LMHeadModel.from_pretrained(options.out_dir).to(prompt.device, dtype_of(prompt.device)).eval()
     n = 1 if work == "first" else NEW_TOKENS
     settings = dict(max_new_tokens=n, min_new_tokens=n, pad_token_id=0, attention_mask=torch.ones_like(prompt))
     if work == "beams":
@@ -162,12 +227,14 @@ def transformers_work(system, work, model, prompt, options):
     else:
         settings.update(do_sample=True, **HOW)
     if work == "many":
-        settings["num_return_sequences"] = 32
+        settings["num_return_sequences"] = at_once(prompt.device)
     return (lambda: theirs.generate(prompt, **settings)), lambda: ""
 
 
 def nanogpt_work(system, work, model, prompt, options):
     module = nanogpt_module(options.nanogpt)
     sizes = {k: v for k, v in asdict(model.config).items() if k in module.GPTConfig.__dataclass_fields__}
-    theirs = module.GPT(module.GPTConfig(**sizes)).eval()
+    theirs = module.GPT(module.GPTConfig(**sizes))
+    theirs.load_state_dict(model.state_dict())  # the names are the same
+    theirs.to(prompt.device, dtype_of(prompt.device)).eval()
     return (lambda: theirs.generate(prompt, 1 if work == "first" else NEW_TOKENS, **HOW)), lambda: ""

@@ -4,7 +4,6 @@ Each round opens the page in a new Chromium without a window, from a file, as a 
 is the median. The browser is the tests' (tests/browser.py).
 """
 
-import json
 import os
 import shutil
 import statistics
@@ -18,10 +17,11 @@ from typing import Optional
 import torch
 
 import export
+from bench_peers import check_json
 from checkpoint import load_model
 from model import GPT, GPTConfig
 from tokenizer import CharTokenizer
-from utils import UserError, option
+from utils import UserError, option, write_json
 
 NEW_TOKENS = 600  # more than two windows of the default model
 FIGURES = {
@@ -45,6 +45,7 @@ class PageOptions:
 
 def main(options):
     """Measure every figure in every round and print the table. Returns the exit status 0."""
+    check_json(options.json)
     sys.path.append(os.path.join(os.path.dirname(os.path.abspath(__file__)), "tests"))
     from browser import NoChromium, find_chromium
 
@@ -68,8 +69,7 @@ def main(options):
         spread = f"{min(numbers):,.2f} - {max(numbers):,.2f}"
         print(f"  {title:<56}{statistics.median(numbers):>10,.2f}  {spread:>18}")
     if options.json:
-        with open(options.json, "w", encoding="utf-8") as f:
-            json.dump(dict(date=time.strftime("%Y-%m-%d"), weights=how, rounds=found), f, indent=1)
+        write_json(options.json, dict(date=time.strftime("%Y-%m-%d"), weights=how, rounds=found))
     return 0
 
 

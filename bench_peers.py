@@ -1,4 +1,4 @@
-"""What the benchmarks need of peers: who is asked for, a nanoGPT clone's model.py, processes as peers have them."""
+"""What the benchmarks share: the peers that are asked for, processes as peers have them, a GPU's clock, --json."""
 
 import importlib.util
 import json
@@ -6,7 +6,9 @@ import os
 import subprocess
 import sys
 
-from utils import UserError, missing_extra
+import torch
+
+from utils import UserError, missing_extra, pick_dtype
 
 AS_PYTORCH_HAS_IT = dict(os.environ, GOMP_SPINCOUNT="300000")  # for peers: utils.py set this to another value for us
 
@@ -32,6 +34,32 @@ def nanogpt_module(clone):
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
     return module
+
+
+def dtype_of(device):
+    """The number format in which peers are measured: 16 bits on a CUDA GPU, float32 elsewhere."""
+    return pick_dtype(None, device) if device.type == "cuda" else torch.float32
+
+
+def synchronize(device):
+    """Wait until a GPU has done what it was asked for; the clock is read after that."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
+
+
+def check_json(path):
+    """Raises UserError where --json cannot be written: before the measuring, not after it. None is no file."""
+    if path is None:
+        return
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise UserError(f"--json {path}: cannot be written (it is no file)")
+    try:
+        open(f"{path}.tmp", "w").close()  # where utils.write_json begins
+        os.remove(f"{path}.tmp")
+    except OSError as error:
+        raise UserError(f"--json {path}: cannot be written ({error.strerror})") from None
 
 
 def finished(command, what, **settings):
