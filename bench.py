@@ -341,7 +341,7 @@ def fixed_run(options, flags, minutes, seed):
         steps = train.read_metrics(os.path.join(folder, "out", METRICS))[:20]
     a_step = (steps[-1]["seconds"] - steps[0]["seconds"]) / 19
     fitting = max(1, int((60 * minutes - short["seconds"]) // a_step) + 20)
-    note = f"{fitting:,} steps"
+    note = f"{fitting:,} step{'s' if fitting > 1 else ''}"
     if short["seconds"] > 60 * minutes:
         note += f"; the 20 before it took {short['seconds']:.0f} s, longer than the time"
     with tempfile.TemporaryDirectory() as folder:

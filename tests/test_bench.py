@@ -197,7 +197,7 @@ def test_a_fixed_setting_gets_the_steps_that_fit(minutes, steps, warned, monkeyp
 
     monkeypatch.setattr(bench, "train_process", train_process)
     row = bench.fixed_run(bench.QualityOptions(), [], minutes, 1)
-    assert asked == [20, steps] and row["seconds"] == 50 and row["note"].startswith(f"{steps} steps")
+    assert asked == [20, steps] and row["seconds"] == 50 and row["note"].startswith(f"{steps} step")
     assert ("took 50 s, longer than the time" in row["note"]) == warned
 
 
