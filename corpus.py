@@ -105,57 +105,67 @@ def _open(path):
     try:
         return open(path, "rb")
     except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); give a UTF-8 text file") from None
+        raise _unreadable(path, error) from None
+
+
+def _blocks(path, read):
+    """What read(f) gives of the file at path, again and again, up to the empty one at its end."""
+    with _open(path) as f:
+        block = None
+        while block != b"":
+            try:
+                block = read(f)
+            except OSError as error:
+                raise _unreadable(path, error) from None
+            yield block
+
+
+def _unreadable(path, error):
+    return UserError(f"{path}: cannot be read ({error.strerror}); give a UTF-8 text file")
 
 
 def _read_text(path, count):
     """The text of a UTF-8 file, in parts. A byte order mark at its beginning is no part of it."""
     offset, rest = 0, b""  # of the file before `rest`, bytes that may be the first half of a character
-    with _open(path) as f:
-        while True:
-            try:
-                block = f.read(BLOCK)
-            except OSError as error:
-                raise UserError(f"{path}: cannot be read ({error.strerror}); give a UTF-8 text file") from None
-            if b"\0" in block:
-                place = offset + len(rest) + block.index(0)
-                raise UserError(f"{path}: is a binary file (a zero byte at offset {place}); give a UTF-8 text file")
-            raw = rest + block
-            if offset == 0 and raw.startswith(codecs.BOM_UTF8):
-                raw, offset = raw[3:], 3
-            try:
-                text, used = codecs.utf_8_decode(raw, "strict", not block)
-            except UnicodeDecodeError as error:
-                place = offset + error.start
-                raise UserError(f"{path}: is not UTF-8 (byte {place}); convert it to UTF-8 first") from None
-            offset, rest = offset + used, raw[used:]
-            count(len(block))
-            yield text
-            if not block:
-                return
+    for block in _blocks(path, lambda f: f.read(BLOCK)):
+        if b"\0" in block:
+            place = offset + len(rest) + block.index(0)
+            raise UserError(f"{path}: is a binary file (a zero byte at offset {place}); give a UTF-8 text file")
+        raw = rest + block
+        if offset == 0 and raw.startswith(codecs.BOM_UTF8):
+            raw, offset = raw[3:], 3
+        try:
+            text, used = codecs.utf_8_decode(raw, "strict", not block)
+        except UnicodeDecodeError as error:
+            place = offset + error.start
+            raise UserError(f"{path}: is not UTF-8 (byte {place}); convert it to UTF-8 first") from None
+        offset, rest = offset + used, raw[used:]
+        count(len(block))
+        yield text
 
 
 def _read_jsonl(path, field, count):
     """A field of the JSON object in each line."""
-    with _open(path) as f:
-        for number, line in enumerate(f, 1):
-            count(len(line))
-            if line.isspace():
-                continue
-            place = f"{path}, line {number}"
-            try:
-                record = json.loads(line.rstrip(b"\r\n").decode("utf-8-sig" if number == 1 else "utf-8"))
-            except UnicodeDecodeError as error:
-                raise UserError(
-                    f"{place}: is not UTF-8 (byte {error.start} of the line); convert the file to UTF-8 first"
-                ) from None
-            except json.JSONDecodeError as error:
-                raise UserError(
-                    f"{place}: is not JSON ({error.msg}: column {error.colno}), it may be cut off; correct or remove it"
-                ) from None
-            if not isinstance(record, dict):
-                raise UserError(f"{place}: is no JSON object; each line is to be one, with the text in a field")
-            yield _text_of(record, field, place)
+    for number, line in enumerate(_blocks(path, lambda f: f.readline()), 1):
+        count(len(line))
+        if not line.strip():
+            continue
+        place = f"{path}, line {number}"
+        try:
+            record = json.loads(line.rstrip(b"\r\n").decode("utf-8-sig" if number == 1 else "utf-8"))
+        except UnicodeDecodeError as error:
+            raise UserError(
+                f"{place}: is not UTF-8 (byte {error.start} of the line); convert the file to UTF-8 first"
+            ) from None
+        except json.JSONDecodeError as error:
+            raise UserError(
+                f"{place}: is not JSON ({error.msg}: column {error.colno}), it may be cut off; correct or remove it"
+            ) from None
+        except (ValueError, RecursionError):
+            raise UserError(f"{place}: has a number too long or brackets too deep; correct or remove it") from None
+        if not isinstance(record, dict):
+            raise UserError(f"{place}: is no JSON object; each line is to be one, with the text in a field")
+        yield _text_of(record, field, place)
 
 
 def _text_of(record, field, place):
@@ -278,6 +288,21 @@ def pieces(parts, size=PIECE):
         waiting, length = [text[end:]], len(text) - end
     if length:
         yield "".join(waiting)
+
+
+def in_splits(texts, cut):
+    """("train", text) or ("val", text) of each of the strings, of which character `cut` of all begins val.
+
+    The one that holds it is divided.
+    """
+    at = 0
+    for text in texts:
+        here = min(max(0, cut - at), len(text))
+        at += len(text)
+        if here > 0:
+            yield "train", text[:here]
+        if here < len(text):
+            yield "val", text[here:]
 
 
 def _cut(text, low, high):

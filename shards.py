@@ -21,6 +21,7 @@ import hashlib
 import json
 import multiprocessing
 import os
+import shlex
 import struct
 import threading
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
@@ -30,7 +31,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from corpus import PIECE, find_files, pieces, progress_bar, read, size_of
+from corpus import PIECE, find_files, in_splits, pieces, progress_bar, read, size_of
 from tokenizer import FILE, check_name, load_tokenizer, make_tokenizer, save_tokenizer, spread, tokenizer_hash
 from utils import UserError, sync_directory, write_json
 
@@ -41,6 +42,9 @@ HEADER = struct.Struct("<8sIIQQ32s32s32x")  # 128 bytes
 SHARD_TOKENS = 2**26  # 128 MiB of two bytes each: the most that a kill can cost
 SMALL = 2**22  # characters that one process tokenizes before another has started
 SPLITS = ("train", "val")
+KEYS = {"format", "source", "field", "tokenizer_name", "shard_tokens", "files", "characters", "text_sha256"}
+KEYS |= {"tokenizer", "vocab_size", "shards", "complete"}  # of a manifest; a complete one has val_bytes too
+SHARD_KEYS = {"file", "split", "tokens", "sha256", "end"}  # of each of its shards
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -86,8 +90,10 @@ def _remedy(path):
     try:
         with open(os.path.join(directory, MANIFEST), encoding="utf-8") as f:
             m = json.load(f)
-        field = "" if m["field"] == "text" else f" --field {m['field']}"
-        command = f"python data.py prepare {m['source']} {directory} --tokenizer {m['tokenizer_name']}{field}"
+        words = [m["source"], directory, "--tokenizer", m["tokenizer_name"]]
+        words += ["--field", m["field"]] if m["field"] != "text" else []
+        words += ["--shard_tokens", str(m["shard_tokens"])] if m["shard_tokens"] != SHARD_TOKENS else []
+        command = "python data.py prepare " + " ".join(map(shlex.quote, words))
     except (OSError, ValueError, KeyError, TypeError):
         command = "python data.py prepare SOURCE OUT"
     return f"make it anew with: {command}"
@@ -96,11 +102,14 @@ def _remedy(path):
 def verify(path, count=lambda n: None):
     """Raises UserError where the tokens of a shard are not those that were written. count(n): bytes read so far."""
     header, sha256 = Header.read(path), hashlib.sha256()
-    with open(path, "rb") as f:
-        f.seek(HEADER.size)
-        for block in iter(lambda: f.read(2**20), b""):
-            sha256.update(block)
-            count(len(block))
+    try:
+        with open(path, "rb") as f:
+            f.seek(HEADER.size)
+            for block in iter(lambda: f.read(2**20), b""):
+                sha256.update(block)
+                count(len(block))
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); {_remedy(path)}") from None
     if sha256.digest() != header.sha256:
         raise UserError(f"{path}: is damaged, its checksum does not match; {_remedy(path)}")
 
@@ -250,15 +259,33 @@ def _saved_tokenizer(directory):
     return tokenizer
 
 
+def _write_manifest(directory, manifest):
+    write_json(os.path.join(directory, MANIFEST), {**manifest, "sha256": _sum(manifest)})
+
+
+def _sum(manifest):
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+
+
 def _read_manifest(directory):
+    """What _write_manifest wrote, or what was written before it added a sum. Raises UserError where it is damaged."""
     path = os.path.join(directory, MANIFEST)
     try:
         with open(path, encoding="utf-8") as f:
             manifest = json.load(f)
         if manifest["format"] != VERSION:
             raise UserError(f"{path}: has version {manifest['format']} of the format, not {VERSION}; prepare it anew")
-        manifest["shards"], manifest["complete"], manifest["tokenizer"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        if manifest.pop("sha256", None) not in (None, _sum(manifest)):
+            raise UserError(
+                f"{path}: is damaged, its checksum does not match; delete the directory and prepare it anew"
+            )
+        missing = (KEYS | {"val_bytes"} if manifest["complete"] else KEYS) - set(manifest)
+        for shard in manifest["shards"]:
+            missing |= SHARD_KEYS - set(shard)
+            bytes.fromhex(shard["sha256"]), SPLITS.index(shard["split"])
+        if missing:
+            raise KeyError(*missing)
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{path}: cannot be read ({error!r}); delete the directory and prepare it anew") from None
     return manifest
 
@@ -310,7 +337,7 @@ def _begin(out, wanted, measured, tokenizer):
     save_tokenizer(out, tokenizer, 10**6)
     own = dict(tokenizer=tokenizer_hash(tokenizer), vocab_size=tokenizer.vocab_size)
     manifest = dict(format=VERSION, **wanted, **measured, **own, shards=[], complete=False)
-    write_json(os.path.join(out, MANIFEST), manifest)
+    _write_manifest(out, manifest)
     return manifest
 
 
@@ -354,29 +381,17 @@ def _measure(source, field, name):
         for part in read(source, field, bar.update):
             characters += len(part)
             sha256.update(part.encode())
-            if name == "chars":
+            if name == "chars" or os.path.exists(name):  # the file may be a vocabulary of characters
                 chars.update(part)
     if characters < 20:
         raise UserError(f"{source}: has only {characters} character(s); a text needs at least 20 to train on")
     cut = int(0.9 * characters)
 
     def texts():
-        parts = _split(pieces(read(source, field), PIECE), cut)
+        parts = in_splits(pieces(read(source, field), PIECE), cut)
         return spread((text for split, text in parts if split == "train"), cut)
 
     return dict(characters=characters, text_sha256=sha256.hexdigest()), make_tokenizer(name, lambda: chars, texts)
-
-
-def _split(texts, cut):
-    """(split, text) of each of the strings; the one that holds character `cut`, where val begins, is divided."""
-    at = 0
-    for text in texts:
-        here = min(max(0, cut - at), len(text))
-        at += len(text)
-        if here > 0:
-            yield "train", text[:here]
-        if here < len(text):
-            yield "val", text[here:]
 
 
 def _tokenize(out, manifest, processes):
@@ -389,7 +404,8 @@ def _tokenize(out, manifest, processes):
         """What is left to do, as (split, end, text); the whole text is measured on the way."""
         nonlocal val_bytes
         end = 0
-        for split, text in _split(pieces(read(manifest["source"], manifest["field"]), PIECE), int(0.9 * total)):
+        parts = pieces(read(manifest["source"], manifest["field"]), PIECE)
+        for split, text in in_splits(parts, int(0.9 * total)):
             raw, end = text.encode(), end + len(text)
             sha256.update(raw)
             val_bytes += len(raw) if split == "val" else 0
@@ -404,7 +420,7 @@ def _tokenize(out, manifest, processes):
     if sha256.hexdigest() != manifest["text_sha256"]:
         raise UserError(f"{manifest['source']}: changed while it was read; delete {out} and begin again")
     manifest.update(val_bytes=val_bytes, complete=True)
-    write_json(os.path.join(out, MANIFEST), manifest)
+    _write_manifest(out, manifest)
 
 
 class _TextWriter:
@@ -435,7 +451,7 @@ class _TextWriter:
         self.shard = None
         noted = dict(file=file, split=self.split, tokens=h.count, sha256=h.sha256.hex(), end=self.end)
         self.manifest["shards"].append(noted)
-        write_json(os.path.join(self.out, MANIFEST), self.manifest)
+        _write_manifest(self.out, self.manifest)
 
     def __enter__(self):
         return self

@@ -51,12 +51,13 @@ def names_of(chars):
 
 
 class CharTokenizer:
-    """One token a character: exactly the characters of the training text, in code-point order."""
+    """One token a character: exactly the characters of the training text, in code-point order where it is ours."""
 
     def __init__(self, chars):
         self.chars = list(chars)
         self.vocab_size = len(self.chars)
-        self._code_points = torch.tensor([ord(c) for c in self.chars])  # sorted, so ids can be found by bisection
+        # Sorted, so that places among them can be found by bisection, and the id at each place.
+        self._code_points, self._ids = torch.tensor([ord(c) for c in self.chars]).sort()
 
     @classmethod
     def from_text(cls, text):
@@ -67,10 +68,10 @@ class CharTokenizer:
         if not text:
             return torch.empty(0, dtype=torch.int64)
         code_points = torch.frombuffer(bytearray(text.encode("utf-32-le", "surrogatepass")), dtype=torch.int32)
-        ids = torch.searchsorted(self._code_points, code_points).clamp(max=self.vocab_size - 1)
-        if not torch.equal(self._code_points[ids], code_points.long()):
+        places = torch.searchsorted(self._code_points, code_points).clamp(max=self.vocab_size - 1)
+        if not torch.equal(self._code_points[places], code_points.long()):
             raise UnknownCharacters(names_of(set(text) - set(self.chars)))
-        return ids
+        return self._ids[places]
 
     def decode(self, ids):
         return "".join(self.chars[i] for i in ids)
@@ -247,13 +248,37 @@ def make_tokenizer(name, chars, texts):
     tokenizer = load_tokenizer(path) if os.path.isdir(path) else _read_tokenizer(path)
     if tokenizer is None:
         raise UserError(f"--tokenizer {name}: there is no {FILE} in {path}; give {KINDS}")
-    text = next(iter(texts()))[:10_000]
-    if tokenizer.decode(tokenizer.encode(text)) != text:
-        raise UserError(
-            f"--tokenizer {name}: changes the text (its first lines do not come back as they were); use a byte-level "
-            f"one, such as bpe:4096"
-        )
+    remedy = "use a byte-level one, such as bpe:4096"
+    if isinstance(tokenizer, CharTokenizer):
+        missing = chars() - set(tokenizer.chars)
+        if missing:
+            raise UserError(f"--tokenizer {name}: has no token for the character(s) {names_of(missing)}; {remedy}")
+        return tokenizer
+    added = [f"a {token['content']} b" for token in tokenizer.spec()["added_tokens"]]  # some swallow spaces
+    for text in (next(iter(texts()), "")[:10_000], *HARD_TEXTS, *added):
+        try:
+            back = tokenizer.decode(tokenizer.encode(text).repeat(2))  # a text is encoded in pieces
+        except Exception:  # the library's, for a word that has no token
+            back = ""
+        twice = text * 2
+        if back != twice:
+            at = next((i for i, pair in enumerate(zip(twice, back)) if len(set(pair)) > 1), min(len(twice), len(back)))
+            words = f"{twice[at : at + 8]!a} becomes {back[at : at + 8]!a}"
+            raise UserError(f"--tokenizer {name}: changes the text ({words}); {remedy}")
     return tokenizer
+
+
+# Only a tokenizer that says any text gives these back.
+HARD_TEXTS = (
+    # Every byte that UTF-8 has: characters of one byte, of two, and then the first with each byte to begin with.
+    "".join(map(chr, [*range(256), *range(256, 2048, 64), 2048, *range(2**12, 2**16, 2**12)]))
+    + "".join(map(chr, range(2**16, 17 * 2**16, 2**16))),
+    # What normal forms change, and SentencePiece's word mark.
+    "e\u0301 \u00e9 \u1100\u1161 \uac00 \ufb01 \uff21 \u212b ½ ß İ \u200b\u200d\ufeff \u2581 東京 👩\u200d👧 🇫🇷",
+    "It is n't so , is it ?  don't ' s ! \r\n\r \t\u00a0\u3000\u2028\n\n  7 1,000 Ab AB",
+    "  a  ",
+    "a",
+)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -288,8 +313,8 @@ def _read_tokenizer(path):
             spec = json.load(f)
         model, splitter = spec["model"], spec["pre_tokenizer"] or {}
         if model["type"] == "WordLevel" and splitter.get("pattern") == ANY_CHARACTER:
-            chars = sorted(model["vocab"])
-            if model["vocab"] == {c: i for i, c in enumerate(chars)}:  # ours is in code-point order
+            chars = sorted(model["vocab"], key=model["vocab"].get)
+            if model["vocab"] == {c: i for i, c in enumerate(chars)} and set(map(len, chars)) == {1}:
                 return CharTokenizer(chars)
         if spec == ByteTokenizer().spec():
             return ByteTokenizer()

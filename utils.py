@@ -246,13 +246,20 @@ def autocast(device, dtype):
     return torch.autocast(device_type=device.type, dtype=dtype)
 
 
+CGROUP = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")  # version 2, version 1
+
+
 def memory_of(device):
-    """The bytes of memory that a GPU, or else the machine, has; None where the system does not tell."""
+    """The bytes of memory that a GPU, or else the machine or container, has; None where the system does not tell."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
     if not hasattr(os, "sysconf"):  # Windows
         return None
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    for path in CGROUP:
+        with contextlib.suppress(OSError, ValueError), open(path) as f:  # "max": no limit
+            memory = min(memory, int(f.read()))
+    return memory
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -1,7 +1,10 @@
 """corpus.py: each kind of source gives its text exactly, and what is wrong with it is told with the file and place."""
 
+import contextlib
+import errno
 import json
 import os
+import sys
 
 import pyarrow
 import pyarrow.parquet
@@ -168,7 +171,10 @@ LINES = [
     (b'{"text": ["a"]}', "its field 'text' is no text but ['a']"),
     (b'{"text": "a\xff"}', "is not UTF-8 (byte 11 of the line)"),
     (b'{"text": "a\\ud800"}', "holds '\\ud800', which is no character"),
+    (b"[" * 200_000, "has a number too long or brackets too deep; correct or remove it"),
 ]
+if hasattr(sys, "get_int_max_str_digits"):  # an older Python reads a number of any length
+    LINES += [(b'{"text": "a", "id": ' + b"7" * 5000 + b"}", "has a number too long or brackets too deep; correct")]
 
 
 @pytest.mark.parametrize("line, words", LINES, ids=[words for _, words in LINES])
@@ -199,6 +205,20 @@ def test_a_column_that_is_missing_or_no_text_is_refused(tmp_path):
     path = parquet(tmp_path / "a.parquet", DOCUMENTS)
     refused(path, "a.parquet: has no column 'body' but 'id', 'text'", field="body")
     refused(path, "a.parquet, row group 1 of 1, row 1: its field 'id' is no text but 0", field="id")
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl"])
+def test_a_file_that_the_disk_does_not_give_is_told_with_its_name(tmp_path, monkeypatch, name):
+    class Failing:
+        def read(self, n):
+            raise OSError(errno.EIO, "Input/output error")
+
+        def readline(self):
+            raise OSError(errno.EIO, "Input/output error")
+
+    path = write(tmp_path / name, jsonl(DOCUMENTS))
+    monkeypatch.setattr(corpus, "open", lambda *_: contextlib.nullcontext(Failing()), raising=False)
+    refused(path, f"{path}: cannot be read (Input/output error)")
 
 
 @pytest.mark.parametrize("source", ["nowhere.txt", "nowhere.jsonl", "nowhere.parquet"])

@@ -2,6 +2,8 @@
 
 import itertools
 import math
+import os
+import tracemalloc
 from types import SimpleNamespace
 
 import pytest
@@ -112,11 +114,23 @@ def test_a_text_too_short_to_split_is_refused(tmp_path, text):
 
 def test_a_text_larger_than_memory_is_refused_with_the_remedy(tmp_path, monkeypatch):
     path = write(tmp_path / "a.txt", TEXT * 10)
-    monkeypatch.setattr(data_module, "memory_of", lambda device: 6 * len((TEXT * 10).encode()) - 1)
+    monkeypatch.setattr(data_module, "memory_of", lambda device: 7 * len((TEXT * 10).encode()) - 1)
     with pytest.raises(UserError, match=f"prepare it first: python data.py prepare {path} tokens"):
         load_data(path)
-    monkeypatch.setattr(data_module, "memory_of", lambda device: 6 * len((TEXT * 10).encode()))
+    monkeypatch.setattr(data_module, "memory_of", lambda device: 7 * len((TEXT * 10).encode()))
     load_data(path)
+
+
+def test_loading_takes_little_more_than_the_text(tmp_path):
+    """One emoji in it does not make each of its characters take four bytes. (What PyTorch has is not counted.)"""
+    path = write(tmp_path / "a.txt", "The miller said that it was dry.\n" * 250_000 + "🙂")
+    tracemalloc.start()
+    try:
+        load_data(path, "bytes")
+        most = tracemalloc.get_traced_memory()[1] / os.path.getsize(path)
+    finally:
+        tracemalloc.stop()
+    assert most < 4
 
 
 @pytest.mark.parametrize("tokenizer", ["chars", "bytes", "bpe:300"])

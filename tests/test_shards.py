@@ -1,6 +1,7 @@
 """shards.py and `data.py prepare`: a prepared text is the text, read from the disk; a kill costs nothing but time."""
 
 import contextlib
+import errno
 import json
 import os
 import random
@@ -228,6 +229,7 @@ def test_finished_shards_are_not_made_again(small_pieces, source, tmp_path, monk
     whole = contents(out)
     manifest.update(complete=False, shards=manifest["shards"][:4])
     manifest.pop("val_bytes")
+    manifest.pop("sha256")
     (out / "prepared.json").write_text(json.dumps(manifest))
     encoded, encode = [], shards._encode
     monkeypatch.setattr(shards, "_encode", lambda t, text, size: encoded.append(text) or encode(t, text, size))
@@ -376,13 +378,66 @@ def test_another_tokenizer_in_the_directory_is_refused(out):
 
 def test_what_is_not_prepared_to_the_end_is_refused(out):
     manifest = json.loads((out / "prepared.json").read_text())
-    (out / "prepared.json").write_text(json.dumps({**manifest, "complete": False}))
+    shards._write_manifest(str(out), {**without_sum(manifest), "complete": False})
     refused(out, "is not prepared to the end", "python data.py prepare")
     for broken in ("", "{}", "[]", '{"format": 1}'):
         (out / "prepared.json").write_text(broken)
         refused(out, "prepared.json: cannot be read")
     (out / "prepared.json").write_text('{"format": 2}')
     refused(out, "has version 2 of the format")
+
+
+def without_sum(manifest):
+    return {name: value for name, value in manifest.items() if name != "sha256"}
+
+
+def test_a_prepared_json_damaged_anywhere_is_refused(out):
+    """A bit that flipped in each byte, and the file cut off at each. (A key of another name is a key too many.)"""
+    path = out / "prepared.json"
+    raw, manifest = path.read_bytes(), json.loads(path.read_text())
+    for place in range(len(raw)):
+        for broken in (raw[:place], raw[:place] + bytes([raw[place] ^ 1]) + raw[place + 1 :]):
+            path.write_bytes(broken)
+            with contextlib.suppress(UserError):
+                read = shards._read_manifest(str(out))
+                assert read.items() >= without_sum(manifest).items(), place
+    path.write_text(json.dumps({**manifest, "val_bytes": manifest["val_bytes"] + 1}))
+    refused(out, "prepared.json: is damaged, its checksum does not match; delete the directory and prepare it anew")
+    with pytest.raises(UserError, match="its checksum does not match"):
+        prepare(manifest["source"], str(out), "bpe:280", shard_tokens=500)
+
+
+def test_a_prepared_json_from_before_it_had_a_sum_is_read(out):
+    manifest = without_sum(json.loads((out / "prepared.json").read_text()))
+    (out / "prepared.json").write_text(json.dumps(manifest))
+    assert open_prepared(str(out))[3] == manifest["val_bytes"]
+    for broken in (
+        {**manifest, "shards": [{**manifest["shards"][0], "sha256": "xyz"}]},
+        {**manifest, "shards": [{"file": "train-00000.bin"}]},
+        {name: value for name, value in manifest.items() if name != "val_bytes"},
+        {name: value for name, value in manifest.items() if name != "field"},
+        {**manifest, "shards": 7},
+    ):
+        (out / "prepared.json").write_text(json.dumps(broken))
+        refused(out, "prepared.json: cannot be read", "prepare it anew")
+        with pytest.raises(UserError, match=r"prepared\.json: cannot be read"):
+            prepare(manifest["source"], str(out), "bpe:280", shard_tokens=500)
+
+
+def test_a_shard_that_the_disk_does_not_give_is_told_with_its_name(out, monkeypatch):
+    class Failing:
+        def seek(self, place):
+            pass
+
+        def read(self, n=-1):
+            raise OSError(errno.EIO, "Input/output error")
+
+    path = str(out / "train-00001.bin")
+    header = shards.Header.read(path)
+    monkeypatch.setattr(shards.Header, "read", lambda path: header)
+    monkeypatch.setattr(shards, "open", lambda *_, **__: contextlib.nullcontext(Failing()), raising=False)
+    with pytest.raises(UserError, match=r"train-00001\.bin: cannot be read \(Input/output error\); make it anew with"):
+        verify(path)
 
 
 def test_some_shards_can_be_chosen(prepared):
@@ -532,6 +587,23 @@ def test_a_damaged_shard_stops_a_run_before_it_begins(command, text):  # noqa: F
     assert_refused(command(data, "check", "tokens"), words, remedy)
     ran(command(data, *remedy.split()[6:]))
     ran(command(data, "check", "tokens"))
+
+
+def test_the_remedy_works_as_it_is_printed(command, tmp_path):  # noqa: F811
+    """Names with spaces, quotes and stars, a tokenizer in a file, another field and size of shards."""
+    for i in range(2):
+        lines = "".join(json.dumps({"the body": make_text(3000, i)}) + "\n" for _ in range(3))
+        (tmp_path / f"o'neill {i}.jsonl").write_text(lines)
+    (tmp_path / "my bytes").mkdir()
+    tokenizer_module.save_tokenizer(str(tmp_path / "my bytes"), tokenizer_module.ByteTokenizer(), 8)
+    options = ["--tokenizer", "my bytes", "--field", "the body", "--shard_tokens", 3000]
+    ran(command(data, "prepare", "o'neill *.jsonl", "the tokens", *options))
+    before = all_contents(tmp_path)
+    damage(Path("the tokens", "train-00000.bin"), 1000)
+    result = command(data, "check", "the tokens")
+    assert_refused(result, "make it anew with: python data.py")
+    ran(command(data, *shlex.split(result.err.split("anew with: python data.py ")[1])))
+    assert all_contents(tmp_path) == before
 
 
 @pytest.mark.parametrize(

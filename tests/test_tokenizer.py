@@ -312,6 +312,70 @@ def test_a_tokenizer_that_changes_the_text_is_refused(tmp_path):
         named(str(tmp_path))
 
 
+def changed(change):
+    """A byte-level tokenizer of the library, changed."""
+    bpe = tokenizers.Tokenizer.from_str(json.dumps(train_bpe([TEXT * 20], 300).spec()))
+    change(bpe)
+    return bpe
+
+
+def spaces_before(bpe):
+    bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=True)
+
+
+def without_some_bytes(bpe):
+    bpe.model = tokenizers.models.BPE({letter: i for i, letter in enumerate(byte_letters()[:-12])}, [])
+
+
+def sentence_pieces(bpe):
+    """Llama's kind: a vocabulary of characters and bytes, in which a word begins with a mark."""
+    vocab = {"\u2581": 0, **{f"<0x{byte:02X}>": byte + 1 for byte in range(256)}}
+    bpe.model = tokenizers.models.BPE(vocab, [], byte_fallback=True)
+    bpe.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace()
+    decoders = tokenizers.decoders
+    bpe.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Metaspace()])
+
+
+def words_alone(bpe):
+    bpe.model = tokenizers.models.WordLevel({"a": 0, "b": 1}, unk_token="<unk>")
+
+
+CHANGES = {
+    "NFC": lambda bpe: setattr(bpe, "normalizer", tokenizers.normalizers.NFC()),
+    "NFD": lambda bpe: setattr(bpe, "normalizer", tokenizers.normalizers.NFD()),
+    "NFKC": lambda bpe: setattr(bpe, "normalizer", tokenizers.normalizers.NFKC()),
+    "strip": lambda bpe: setattr(bpe, "normalizer", tokenizers.normalizers.Strip()),
+    "no line breaks": lambda bpe: setattr(bpe, "normalizer", tokenizers.normalizers.Replace("\r\n", "\n")),
+    "mask": lambda bpe: bpe.add_special_tokens([tokenizers.AddedToken("<mask>", lstrip=True)]),
+    "spaces before": spaces_before,
+    "without some bytes": without_some_bytes,
+    "sentence pieces": sentence_pieces,
+    "words alone": words_alone,
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_tokenizer_that_changes_any_text_is_refused(tmp_path, name):
+    """Whatever the text that it is to be used for, which here comes back as it was."""
+    changed(CHANGES[name]).save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(UserError, match=r"changes the text .*; use a byte-level one") as error:
+        named(str(tmp_path), "a")
+    assert "\n" not in str(error.value)
+
+
+def test_a_vocabulary_of_characters_is_used_for_a_text_that_it_knows(tmp_path):
+    """In the order of ours or of somebody else; what is not in it is told, wherever in the text it stands."""
+    save_tokenizer(str(tmp_path), CharTokenizer(sorted(set(TEXT))[::-1]), 8)
+    assert named(str(tmp_path), TEXT).chars == sorted(set(TEXT))[::-1]
+    with pytest.raises(UserError, match=r"has no token for the character\(s\) 'X' \(U\+0058\); use a byte-level one"):
+        named(str(tmp_path), TEXT * 1000 + "X")
+
+
+def test_a_text_without_a_part_to_train_on_needs_no_tokenizer_to_fail(made, tmp_path):
+    save_tokenizer(str(tmp_path), made["bpe"], 8)
+    assert make_tokenizer(str(tmp_path), set, lambda: iter(())).spec() == made["bpe"].spec()
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Token by token
 

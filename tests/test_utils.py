@@ -281,3 +281,17 @@ def test_ctrl_c_while_a_command_is_starting_ends_it_without_a_word(tmp_path):
     sample = Path(utils.__file__).with_name("sample.py")
     done = subprocess.run([sys.executable, str(sample)], env=environment, capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
+
+
+def test_the_memory_is_that_of_the_container_where_it_has_less(tmp_path, monkeypatch):
+    limits = [str(tmp_path / name) for name in ("memory.max", "memory.limit_in_bytes")]
+    monkeypatch.setattr(utils, "CGROUP", limits)
+    machine = utils.memory_of(CPU)
+    assert machine > 2**27
+    for i, other in ((0, 1), (1, 0)):
+        Path(limits[other]).write_text("max\n")
+        Path(limits[i]).write_text(f"{2**27}\n")
+        assert utils.memory_of(CPU) == 2**27
+    Path(limits[0]).write_text("max\n")
+    Path(limits[1]).write_text(f"{2**63 - 4096}\n")
+    assert utils.memory_of(CPU) == machine
