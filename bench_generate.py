@@ -18,7 +18,17 @@ import torch
 from bench_peers import check_json, dtype_of, finished, measured, nanogpt_module, peers, synchronize
 from checkpoint import load_model
 from draft import Draft
-from generate import Reader, Sampling, Speculation, beam_search, best_threads, generate, speculate, use_threads
+from generate import (
+    Reader,
+    Sampling,
+    Speculation,
+    beam_search,
+    best_threads,
+    generate,
+    guess_cost,
+    speculate,
+    use_threads,
+)
 from graphs import GraphReader
 from lighten import lighten
 from model import GPT
@@ -185,6 +195,7 @@ def our_work(system, work, model, prompt, options):
         if kind != "float32":
             lighten(model, kind)
         draft, threads = Draft.load(options.out_dir), best_threads(model, 4)
+        counts.cost = guess_cost(model, 3, threads)
     else:
         model.to(device, DTYPES[kind])
 

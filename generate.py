@@ -176,6 +176,7 @@ class Reader:
             self.cache.clear(pad)
 
 
+SLOW = 0.05  # seconds of a pass, from which on a model is for all threads
 FEW = 8  # tokens that a thread may read faster alone than with others, because threads must wait for each other
 
 
@@ -194,20 +195,32 @@ def use_threads(n):
 
 
 @torch.inference_mode()
+def pass_seconds(model, n_tokens):
+    """How long a pass of a model over so many tokens takes: the median of five, or of fewer where they are slow."""
+    idx, times = torch.zeros(1, min(n_tokens, model.config.block_size), dtype=torch.int64), []
+    while len(times) < 5 and sum(times) < SLOW:
+        start = time.perf_counter()
+        model(idx)
+        times.append(time.perf_counter() - start)
+    return sorted(times)[len(times) // 2]
+
+
 def best_threads(model, n_tokens=1):
     """Measure on how many CPU threads a model reads so many tokens faster: 1, or all. None for a large model: all."""
-    idx, best = torch.zeros(1, min(n_tokens, model.config.block_size), dtype=torch.int64), {}
+    seconds = {}
     for n in (torch.get_num_threads(), 1):
-        times = []
         with use_threads(n):
-            while len(times) < 5 and sum(times) < 0.05:  # a model that is slower than that is for all threads
-                start = time.perf_counter()
-                model(idx)
-                times.append(time.perf_counter() - start)
-        if len(times) == 1:
+            seconds[n] = pass_seconds(model, n_tokens)
+        if seconds[n] > SLOW:
             return None
-        best[n] = sorted(times)[len(times) // 2]
-    return min(best, key=best.get)
+    return min(seconds, key=seconds.get)
+
+
+def guess_cost(model, guesses, threads=None):
+    """Measure what a guess costs in speculate: the time that a pass takes longer for it, in passes over one token."""
+    with use_threads(threads):
+        one, several = (pass_seconds(model, n) for n in (1, 1 + guesses))
+    return max(0.0, several / one - 1) / guesses
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -318,10 +331,20 @@ def generate(
 
 
 class Speculation:
-    """How a draft fares: `tokens` were written in `passes` of the model; of `guessed` tokens, `accepted` were right."""
+    """How a draft fares: `tokens` were written in `passes` of the model; of `guessed` tokens, `accepted` were right.
 
-    def __init__(self):
-        self.tokens = self.passes = self.guessed = self.accepted = 0
+    cost: of a guess (guess_cost). Each accepted one saves a pass.
+    """
+
+    def __init__(self, cost=0.0):
+        self.cost, self.tokens, self.passes, self.guessed, self.accepted = cost, 0, 0, 0, 0
+
+    def pays(self):
+        """Do guesses save more than they cost? The first TRIED are made to find out."""
+        return self.guessed < TRIED or self.accepted >= self.cost * self.guessed
+
+
+TRIED = 64
 
 
 @torch.inference_mode()
@@ -334,14 +357,15 @@ def speculate(model, idx, max_new_tokens, draft, guesses=3, sampling=None, gener
     of the guesses is forgotten. Each token is then drawn exactly from p: x with p(x), any other y with
     (1 - p(x)) * p(y) / (1 - p(x)).
 
-    sampling: a Sampling. counts: a Speculation that is kept up to date. reader: as in generate.
+    sampling: a Sampling. reader: as in generate. counts: a Speculation that is kept up to date, and that ends the
+    guessing once it does not pay.
     """
     sampling, counts = sampling or Sampling(), counts or Speculation()
     text, reader, known = idx, reader or Reader(model), idx[0].tolist()
     left = max_new_tokens
     while left > 0:
         n = min(guesses, left - 1, max(0, reader.room(text.size(1))))
-        guessed = draft.propose(known, n) if n > 0 else []
+        guessed = draft.propose(known, n) if n > 0 and counts.pays() else []
         text = torch.cat([text, text.new_tensor([guessed])], dim=1) if guessed else text  # (1, N + g)
         N = text.size(1) - len(guessed)
         logits = reader.next_logits(text, last=1 + len(guessed)).view(1, 1 + len(guessed), -1)

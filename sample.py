@@ -22,13 +22,25 @@ import torch
 
 from checkpoint import gpt2_tokenizer, load_model
 from draft import Draft
-from generate import FEW, Reader, Sampling, Speculation, beam_search, best_threads, generate, speculate, use_threads
+from generate import (
+    FEW,
+    Reader,
+    Sampling,
+    Speculation,
+    beam_search,
+    best_threads,
+    generate,
+    guess_cost,
+    speculate,
+    use_threads,
+)
 from graphs import GraphReader
 from lighten import lighten
 from tokenizer import prompt_tokens, whole_characters
 from utils import UserError, is_out_of_memory, option, parse_options, pick_device, pick_dtype, run_command
 
 LIGHT_ENOUGH = 4_000_000  # weights that a CPU holds in its cache in float32, where fewer bytes gain nothing
+SEEDED_COST = 0.2  # of a guess, where it is not measured: what it is on most machines
 SAMPLES_AT_ONCE = 64  # more than this many samples are written in groups, so that memory stays bounded
 
 
@@ -183,11 +195,13 @@ class Scribe:
         )
         self.draft = Draft.load(options.out_dir) if guess else None
         at_once = options.num_beams if options.num_beams > 1 else 1 + options.guesses if self.draft else 1
-        # Not with a seed: another number of threads rounds otherwise, and could end in another text.
+        # Not with a seed: another number of threads rounds otherwise, and with or without guesses other numbers are
+        # drawn, which could end in another text.
         measure = device.type == "cpu" and options.num_samples == 1 and at_once <= FEW and options.seed is None
         self.threads = best_threads(model, at_once) if measure else None
         self.reader = GraphReader(model) if device.type == "cuda" else Reader(model, threads=self.threads)
-        self.counts, self.written, self.seconds = Speculation(), 0, 0.0
+        cost = guess_cost(model, options.guesses, self.threads) if self.draft and measure else SEEDED_COST
+        self.counts, self.written, self.seconds = Speculation(cost), 0, 0.0
 
     def tokens(self, idx):
         """The tokens that continue idx (B, T), one step at a time: (B,) each."""

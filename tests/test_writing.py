@@ -26,6 +26,7 @@ from generate import (
     beam_search,
     best_threads,
     generate,
+    guess_cost,
     next_token_probs,
     penalize_repetition,
     speculate,
@@ -203,6 +204,18 @@ def test_greedy_text_is_the_same_with_and_without_guesses_past_block_size_too(ma
     assert passes[1] < passes[3] == n or (guesses == 1 and passes[1] <= n)
 
 
+def test_guessing_ends_once_it_costs_more_than_it_saves(make):
+    model, idx, n = make("gpt"), tokens(1, 3), 300
+    right = written(generate(model, idx, n, temperature=0))[0].tolist()
+    wrong = SimpleNamespace(propose=lambda known, k: [(right[len(known) - 3] + 1) % 11] * k)
+    half = SimpleNamespace(propose=lambda known, k: [(right[len(known) - 3] + len(known) % 2) % 11])
+    for draft, cost, goes_on in ((wrong, 0.0, True), (wrong, 0.1, False), (half, 0.3, True), (half, 0.9, False)):
+        counts = Speculation(cost)
+        found = written(speculate(model, idx, n, draft, 3, Sampling(temperature=0), counts=counts))
+        assert found[0].tolist() == right
+        assert (counts.guessed > 64 + 3) == goes_on, (counts.guessed, counts.accepted)
+
+
 def chi_square(found, expected):
     """How far counts are from what was expected, in standard deviations of the chi-square statistic."""
     cells = [k for k in expected if expected[k] > 0]
@@ -336,6 +349,16 @@ def test_threads_are_one_or_all_and_those_of_the_caller_come_back(make):
             time.sleep(0.06)
 
     assert best_threads(Slow()) is None
+
+
+def test_the_cost_of_a_guess_is_measured_in_passes_over_one_token():
+    class Linear:
+        config = SimpleNamespace(block_size=16)
+
+        def __call__(self, idx):
+            time.sleep(0.01 + 0.005 * (idx.size(1) - 1))  # half as long again for each further token
+
+    assert 0.3 < guess_cost(Linear(), 3) < 0.7
 
 
 def test_tokens_of_a_large_vocabulary_are_hashed_alike_in_tensors_and_in_lists():
