@@ -61,7 +61,7 @@ def rotary_table(block_size, D):
     Channel i and i + D/2 are the two coordinates of a point that position t turns by t * 1000^(-i / (D/2 - 1)). The dot
     product of a query and a key then depends on how far apart they are, not on where they stand.
     """
-    speeds = 1000.0 ** -torch.linspace(0, 1, D // 2)  # from one radian a token to a thousandth
+    speeds = 1000.0 ** -(torch.arange(D // 2) / max(1, D // 2 - 1))  # from one radian a token to a thousandth
     angles = torch.arange(block_size)[:, None] * speeds  # (block_size, D / 2)
     return torch.cat([angles.cos(), angles.cos()], 1), torch.cat([angles.sin(), -angles.sin()], 1)
 

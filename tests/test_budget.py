@@ -78,6 +78,14 @@ def test_the_parts_of_a_gpt_by_hand():
     }
 
 
+def test_an_empty_model_is_empty_beside_transformers(monkeypatch):
+    """While it loads a model, transformers replaces torch.linspace, and PyTorch may remember that one."""
+    plain = torch.linspace
+    monkeypatch.setattr(torch, "linspace", lambda *args: plain(*args, device="cpu"))
+    model = budget.empty_model(make_config("modern"))
+    assert all(t.is_meta for t in [*model.parameters(), *model.buffers()])
+
+
 def test_the_parts_of_a_modern_model_by_hand():
     C, V, L = 64, 97, 2
     assert budget.parameters(budget.empty_model(make_config("modern"))) == {
