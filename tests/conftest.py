@@ -18,6 +18,12 @@ settings.register_profile("repeatable", derandomize=True, database=None, deadlin
 settings.load_profile("repeatable")
 
 
+@pytest.fixture(autouse=True)
+def same_dice():
+    """Each test draws the same numbers, whatever ran before it in its process."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture(scope="session")
 def make_model():
     """make_model(seed=0, **sizes) -> a tiny GPT in eval mode whose every parameter is random, biases included.
