@@ -195,7 +195,7 @@ def our_work(system, work, model, prompt, options):
         if kind != "float32":
             lighten(model, kind)
         draft, threads = Draft.load(options.out_dir), best_threads(model, 4)
-        counts.cost = guess_cost(model, 3, threads)
+        counts.cost = guess_cost(model, 3, threads) if draft is not None else 0.0
     else:
         model.to(device, DTYPES[kind])
 

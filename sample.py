@@ -338,10 +338,9 @@ def search(scribe, idx):
         return options.stop in tokenizer.decode(ids)
 
     how = dict(length_penalty=options.length_penalty, repetition_penalty=options.repetition_penalty)
+    how["is_end"] = is_end if options.stop else None
     with use_threads(scribe.threads):
-        found = beam_search(
-            scribe.model, idx, options.max_new_tokens, options.num_beams, is_end=is_end if options.stop else None, **how
-        )
+        found = beam_search(scribe.model, idx, options.max_new_tokens, options.num_beams, **how)
     scribe.written, scribe.seconds = len(found[0].tokens), time.perf_counter() - start
     texts = [whole_characters(tokenizer.decode(hypothesis.tokens)) for hypothesis in found]
     return [text.split(options.stop)[0] if options.stop else text for text in texts]

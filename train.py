@@ -543,7 +543,9 @@ def train_until(at_end, options, given, processes):
             bar.set_postfix_str(f"loss {train_loss:.3f}, {tokens_per_s:,.0f} tokens/s", refresh=False)
             last_seconds, last_tokens = run.seconds, run.tokens
         if options.sample_interval and run.step % options.sample_interval == 0:
+            start = run.seconds
             bar.write(sample_text(model, data.tokenizer, 200, device) + "\n")
+            last_seconds += run.seconds - start  # tokens_per_s is of the training alone
         if not run.due and save_is_due:
             run.save()
     bar.close()
