@@ -30,10 +30,10 @@ from generate import (
     use_threads,
 )
 from graphs import GraphReader
-from lighten import lighten
+from lighten import has_float16, lighten
 from model import GPT
 from tokenizer import prompt_tokens
-from utils import DTYPES, UserError, option, pick_device, pick_dtype, write_json
+from utils import DTYPES, UserError, has_bfloat16, option, pick_device, pick_dtype, write_json
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 NEW_TOKENS = 250
@@ -44,6 +44,7 @@ WORKS = {
     "first": "first token after a prompt of 200, ms",
 }
 HOW = dict(temperature=0.8, top_k=40)
+AS_IN_SAMPLE = dict(os.environ, GOMP_SPINCOUNT="3000")  # how sample.py's threads wait
 
 
 @dataclass
@@ -102,12 +103,13 @@ def kinds(model, device):
     """The number formats in which sample.py holds the model's weights on a device. The model is of no use after it."""
     if device.type != "cpu":
         return [str(pick_dtype(None, device))[6:]]
+    found = ["float32"] + ["bfloat16"] * has_bfloat16(device) + ["float16"] * has_float16()
     try:
         lighten(model, "int8")
     except UserError as error:
         print(f"ours, int8 is left out ({str(error).split(';')[0]})")
-        return ["float32", "bfloat16"]
-    return ["float32", "bfloat16", "int8"]
+        return found
+    return [*found, "int8"]
 
 
 def run_case(case, options):
@@ -116,7 +118,7 @@ def run_case(case, options):
     for name in ("nanogpt", "device"):
         if getattr(options, name) is not None:
             command += [f"--{name}", getattr(options, name)]
-    return measured(command, case)
+    return measured(command, case, AS_IN_SAMPLE)
 
 
 def whole_process(options):
@@ -125,7 +127,7 @@ def whole_process(options):
     command += ["--device", options.device] if options.device is not None else []
     command += ["--max_new_tokens", "200", "--temperature", "0.8", "--top_k", "40", "--stats"]
     start = time.perf_counter()
-    done = finished(command, "sample.py")
+    done = finished(command, "sample.py", env=AS_IN_SAMPLE)
     process = time.perf_counter() - start
     start = time.perf_counter()
     subprocess.run([sys.executable, "-c", "import torch"])
@@ -192,8 +194,7 @@ def our_work(system, work, model, prompt, options):
     kind, counts, device = system.split(", ")[1], Speculation(), prompt.device
     draft = threads = None
     if device.type == "cpu":
-        if kind != "float32":
-            lighten(model, kind)
+        lighten(model, kind)
         draft, threads = Draft.load(options.out_dir), best_threads(model, 4)
         counts.cost = guess_cost(model, 3, threads) if draft is not None else 0.0
     else:

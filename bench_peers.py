@@ -70,7 +70,10 @@ def finished(command, what, **settings):
     return done
 
 
-def measured(command, case):
-    """The JSON that a command prints which measures a case, SYSTEM|..., in a process as that system has it."""
-    env = None if case.startswith("ours") else AS_PYTORCH_HAS_IT
+def measured(command, case, ours=None):
+    """The JSON that a command prints which measures a case, SYSTEM|..., in a process as that system has it.
+
+    ours: the environment of our own processes, where it is another than this one's.
+    """
+    env = ours if case.startswith("ours") else AS_PYTORCH_HAS_IT
     return json.loads(finished(command, f"measuring {case}", env=env).stdout.splitlines()[-1])

@@ -1,18 +1,31 @@
 """Lighter weights for writing: one token at a time, a model is as fast as its weights can be read from memory.
 
-    lighten(model, "bfloat16")     # half the bytes of float32
-    lighten(model, "int8")         # a quarter
+    lighten(model, "bfloat16")     # half the bytes of float32, for a CPU that has bfloat16 in hardware
+    lighten(model, "float16")      # half the bytes too, for any other x86 CPU with AVX2
+    lighten(model, "int8")         # a quarter; needs PyTorch 2.3
 
 Only the matrices change (nn.Linear), and only how they are stored and multiplied: between them flows float32.
-
-On a CPU without bfloat16 in hardware the products are slower than float32's; int8 needs PyTorch 2.3.
 """
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from utils import UserError
+from utils import UserError, has_bfloat16
+
+LIGHT_ENOUGH = 4_000_000  # weights that a CPU holds in its cache in float32, where fewer bytes gain nothing
+
+
+def has_float16():
+    """Is there FBGEMM, the library that multiplies with float16 weights on x86 CPUs with AVX2?"""
+    return torch.backends.quantized.engine in ("x86", "fbgemm")
+
+
+def usual_format(model):
+    """The format in which a model writes fastest on this CPU without losing exactness that one could notice."""
+    if model.num_params() < LIGHT_ENOUGH:
+        return "float32"
+    return "bfloat16" if has_bfloat16(torch.device("cpu")) else "float16" if has_float16() else "float32"
 
 
 class Bfloat16Linear(nn.Module):
@@ -25,6 +38,17 @@ class Bfloat16Linear(nn.Module):
 
     def forward(self, x):
         return F.linear(x.bfloat16(), self.weight, self.bias).float()
+
+
+class Float16Linear(nn.Module):
+    """A Linear with float16 weights, which become float32 on their way to the registers: the products are float32's."""
+
+    def __init__(self, weight, bias):
+        super().__init__()
+        self.packed = torch.ops.quantized.linear_prepack_fp16(weight, bias)
+
+    def forward(self, x):
+        return torch.ops.quantized.linear_dynamic_fp16(x, self.packed)
 
 
 class Int8Linear(nn.Module):
@@ -48,11 +72,18 @@ class Int8Linear(nn.Module):
 
 @torch.no_grad()
 def lighten(model, how):
-    """Replace every Linear of a float32 model on the CPU, in place, by one of `how`: bfloat16 or int8. Returns it.
+    """Replace every Linear of a float32 model on the CPU, in place, by one of `how`: bfloat16, float16 or int8.
 
-    The model can then write and be measured, but no longer be trained or saved.
+    Returns the model, which can then write and be measured, but no longer be trained or saved; "float32" leaves it as
+    it is. Raises UserError where this machine or model cannot have such weights.
     """
-    kinds = {"bfloat16": Bfloat16Linear, "int8": Int8Linear}
+    if how == "float32":
+        return model
+    kinds = {"bfloat16": Bfloat16Linear, "float16": Float16Linear, "int8": Int8Linear}
+    if how == "float16" and not has_float16():
+        raise UserError("--dtype float16: on a CPU needs an x86 with AVX2; use bfloat16 or float32")
+    if how == "float16" and any(m.weight.abs().max() > 65504 for m in model.modules() if isinstance(m, nn.Linear)):
+        raise UserError("--dtype float16: the model has a weight beyond 65504, where float16 ends; use --dtype float32")
     if how == "int8" and not hasattr(torch, "_weight_int8pack_mm"):
         raise UserError(f"--quantize int8: needs PyTorch 2.3 or newer, not {torch.__version__}; use --dtype bfloat16")
     widths = {m.in_features for m in model.modules() if isinstance(m, nn.Linear)}

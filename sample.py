@@ -9,7 +9,13 @@
 Text goes to stdout as it is written, everything else to stderr.
 """
 
-import utils  # first: it starts the clock and sets how PyTorch's threads wait  # noqa: F401
+import os
+
+if "OMP_WAIT_POLICY" not in os.environ:  # in a pass over a few tokens, threads have work every 60 us: docs/speed.md
+    os.environ.setdefault("GOMP_SPINCOUNT", "3000")
+
+# isort: split
+import utils  # first: it starts the clock  # noqa: F401
 
 # isort: split
 import math
@@ -35,11 +41,10 @@ from generate import (
     use_threads,
 )
 from graphs import GraphReader
-from lighten import lighten
+from lighten import lighten, usual_format
 from tokenizer import prompt_tokens, whole_characters
 from utils import UserError, is_out_of_memory, option, parse_options, pick_device, pick_dtype, run_command
 
-LIGHT_ENOUGH = 4_000_000  # weights that a CPU holds in its cache in float32, where fewer bytes gain nothing
 SEEDED_COST = 0.2  # of a guess, where it is not measured: what it is on most machines
 SAMPLES_AT_ONCE = 64  # more than this many samples are written in groups, so that memory stays bounded
 
@@ -75,7 +80,7 @@ class SampleOptions:
     device: Optional[str] = option(None, "cpu, cuda, cuda:1 or mps (default: cuda if available)")
     dtype: Optional[str] = option(
         None,
-        "float32, bfloat16 or float16 (default: as in train.py; float32 for a small model on a CPU)",
+        "float32, bfloat16 or float16 (default: 16 bits where they are fast; float32 for a small model on a CPU)",
         choices=("float32", "bfloat16", "float16"),
     )
     quantize: Optional[str] = option(None, "int8: weights in a quarter of the bytes, on a CPU", choices=("int8",))
@@ -148,13 +153,10 @@ def sample(options):
     tokenizer = tokenizer or gpt2_tokenizer(model)
     if tokenizer is None:
         raise UserError(f"--out_dir {options.out_dir}: has no tokenizer; put the tokenizer.json of its run beside it")
-    dtype = pick_dtype(options.dtype, device)
-    if device.type == "cpu" and options.dtype is None and model.num_params() < LIGHT_ENOUGH:
-        dtype = torch.float32
-    if device.type == "cpu" and (options.quantize or dtype != torch.float32):
-        lighten(model.eval(), options.quantize or "bfloat16")
+    if device.type == "cpu":
+        lighten(model.eval(), options.quantize or options.dtype or usual_format(model))
     else:
-        model.to(device, dtype).eval()
+        model.to(device, pick_dtype(options.dtype, device)).eval()
     scribe = Scribe(model, tokenizer, options, device)
     if options.interactive:
         interact(prompt, scribe)

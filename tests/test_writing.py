@@ -13,6 +13,7 @@ from test_cli import assert_refused, command  # noqa: F401
 from test_generate import Table, tokens
 
 import bench
+import lighten as lighten_module
 import plan
 import sample
 import train
@@ -33,14 +34,15 @@ from generate import (
     use_threads,
 )
 from graphs import GraphReader
-from lighten import lighten
+from lighten import has_float16, lighten, usual_format
 from tokenizer import CharTokenizer
 from utils import UserError
 
 needs_muon = pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="a modern model needs PyTorch 2.9's Muon")
 needs_int8 = pytest.mark.skipif(not hasattr(torch, "_weight_int8pack_mm"), reason="int8 needs PyTorch 2.3")
 ARCHS = ["gpt", pytest.param("modern", marks=needs_muon)]
-KINDS = ["bfloat16", pytest.param("int8", marks=needs_int8)]
+needs_float16 = pytest.mark.skipif(not has_float16(), reason="float16 weights need an x86 CPU with AVX2")
+KINDS = ["bfloat16", pytest.param("float16", marks=needs_float16), pytest.param("int8", marks=needs_int8)]
 
 
 @pytest.fixture
@@ -425,6 +427,55 @@ def test_lighter_weights_are_read_in_parts_as_whole(make, arch, how):
     assert {p.dtype for p in parts} == {torch.float32}
 
 
+@needs_float16
+@pytest.mark.parametrize("arch", ARCHS)
+def test_with_float16_weights_the_products_are_those_of_float32(make, arch):
+    model, rounded = make(arch), make(arch)
+    for linear in rounded.modules():
+        if isinstance(linear, torch.nn.Linear):  # no longer tied: the table that is read stays float32
+            linear.weight = torch.nn.Parameter(linear.weight.detach().half().float())
+    expected = rounded(tokens(2, 8))[0]
+    torch.testing.assert_close(lighten(model, "float16")(tokens(2, 8))[0], expected, atol=2e-6, rtol=1e-5)
+
+
+@needs_float16
+def test_with_float16_weights_a_token_has_the_same_logits_to_rounding_whatever_is_read_with_it(make):
+    model, idx = lighten(make("gpt", n_embd=64, block_size=64), "float16"), tokens(1, 40)
+    cache, whole = KVCache(model.config), KVCache(model.config)
+    one = torch.cat([model(idx[:, i : i + 1], cache=cache)[0] for i in range(40)], dim=1)
+    several = [model(idx[:, i : i + 4], cache=whole, last=4)[0] for i in range(0, 40, 4)]
+    torch.testing.assert_close(torch.cat(several, dim=1), one, atol=2e-5, rtol=0)
+
+
+@pytest.mark.parametrize(
+    "weights, bfloat16, float16, expected",
+    [
+        (5e6, True, True, "bfloat16"),
+        (5e6, False, True, "float16"),
+        (5e6, False, False, "float32"),
+        (3e6, True, True, "float32"),
+    ],
+)
+def test_the_usual_format_is_of_16_bits_where_the_machine_is_fast_with_them(
+    monkeypatch, weights, bfloat16, float16, expected
+):
+    monkeypatch.setattr(lighten_module, "has_bfloat16", lambda device: bfloat16)
+    monkeypatch.setattr(lighten_module, "has_float16", lambda: float16)
+    assert usual_format(SimpleNamespace(num_params=lambda: weights)) == expected
+
+
+def test_float16_is_refused_where_it_cannot_be(make, monkeypatch):
+    model = make("gpt")
+    with torch.no_grad():
+        model.transformer.h[0].mlp.c_fc.weight[0, 0] = -70_000
+    monkeypatch.setattr(lighten_module, "has_float16", lambda: True)
+    with pytest.raises(UserError, match="--dtype float16: the model has a weight beyond 65504"):
+        lighten(model, "float16")
+    monkeypatch.setattr(lighten_module, "has_float16", lambda: False)
+    with pytest.raises(UserError, match="--dtype float16: on a CPU needs an x86 with AVX2"):
+        lighten(make("gpt"), "float16")
+
+
 @needs_int8
 def test_int8_refuses_widths_that_its_kernel_cannot_read(make):
     with pytest.raises(UserError, match="multiple of 16"):
@@ -441,7 +492,10 @@ def test_int8_without_its_kernel_is_one_line(make, monkeypatch):
 # sample.py
 
 
-@pytest.mark.parametrize("flags", ["", "--quantize int8", "--dtype bfloat16", "--guesses 0"])
+@pytest.mark.parametrize(
+    "flags",
+    ["", "--quantize int8", "--dtype bfloat16", pytest.param("--dtype float16", marks=needs_float16), "--guesses 0"],
+)
 def test_stats_go_to_stderr_and_text_to_stdout(command, out_dir, flags):  # noqa: F811
     result = command(sample, "--out_dir", out_dir, "--max_new_tokens", 50, "--stats", "--seed", 1, *flags.split())
     assert result.status == 0 and len(result.out) == 51
