@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import model as model_file
@@ -507,6 +508,31 @@ def test_on_a_gpu_no_step_waits_for_the_numbers_that_decide_whether_it_counts(ar
     weights = [p.detach().clone() for p in learner.weights]
     learner.update(torch.tensor(False, device=device))
     assert all(map(torch.equal, weights, learner.weights))
+
+
+READS = [getattr(torch.ops.aten, name) for name in ("_local_scalar_dense", "nonzero", "is_nonzero", "equal")]
+
+
+class NeverRead(TorchDispatchMode):
+    """No operation may need a tensor's value on the CPU: on a GPU the CPU would wait for it."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        assert function.overloadpacket not in READS, function
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.skipif(torch.__version__ < "2.4", reason="a CPU's AdamW, not fused before, reads the numbers")
+@pytest.mark.parametrize("arch", ARCHS)
+def test_a_step_reads_no_number_that_decides_whether_it_counts(arch, monkeypatch):
+    """What the test above shows on a GPU, by the same code on a CPU."""
+    monkeypatch.setattr(Learner, "side_by_side", lambda self, parts: 1)  # in this thread, where the mode is at work
+    options = make_options(arch=arch)
+    learner, batches = make_learner(arch), make_batch(options, steps=2)
+    learner.step(*batches[0], 1.0)  # the first one sets up the optimizers' memory
+    with NeverRead():
+        learner.step(*batches[1], 1.0)
+    with pytest.raises(AssertionError), NeverRead():
+        bool(torch.ones(()).isfinite())
 
 
 def test_only_float16_has_a_scaler_at_work():
