@@ -106,7 +106,7 @@ def attention(q, k, v, dropout=0.0, mask=None):
     if T == S and mask is None:
         return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
     if T > 1 and mask is None:  # a single query sees all
-        mask = q.new_full((T, S), float("-inf")).triu(S - T + 1)  # added to the scores: 0 for what may be looked at
+        mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
 
 

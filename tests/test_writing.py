@@ -3,6 +3,9 @@
 import collections
 import itertools
 import math
+import os
+import subprocess
+import sys
 import time
 from types import SimpleNamespace
 
@@ -17,6 +20,7 @@ import lighten as lighten_module
 import plan
 import sample
 import train
+import utils
 from data import load_data, validation_loss
 from draft import ORDERS, Draft, hash_of, most_frequent
 from generate import (
@@ -490,6 +494,15 @@ def test_int8_without_its_kernel_is_one_line(make, monkeypatch):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # sample.py
+
+
+def test_threads_wait_awake_for_the_next_product_unless_the_user_has_said_how_they_wait():
+    for said, expected in ({}, "3000"), (dict(GOMP_SPINCOUNT="7"), "7"), (dict(OMP_WAIT_POLICY="passive"), "None"):
+        env = {name: value for name, value in os.environ.items() if name not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
+        head = "import os\nexec(open('sample.py').read().split('import utils')[0])\n"  # all that comes before PyTorch
+        code = head + "print(os.environ.get('GOMP_SPINCOUNT'))"
+        done = subprocess.run([sys.executable, "-c", code], cwd=utils.HERE, env={**env, **said}, stdout=subprocess.PIPE)
+        assert done.stdout.split() == [expected.encode()]
 
 
 @pytest.mark.parametrize(
