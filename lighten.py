@@ -7,6 +7,8 @@
 Only the matrices change (nn.Linear), and only how they are stored and multiplied: between them flows float32.
 """
 
+import math
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -54,8 +56,11 @@ class Float16Linear(nn.Module):
 class Int8Linear(nn.Module):
     """A Linear whose rows are whole numbers from -127 to 127, each row times a scale of its own (absmax, per channel).
 
-    The product is a kernel of PyTorch's that turns the whole numbers into bfloat16 on the way to the registers.
+    The product is a kernel of PyTorch's that turns the whole numbers into bfloat16 on the way to the registers. It is
+    made for a few tokens: of many, as in a prompt, a CPU without bfloat16 is faster to turn all weights into float32.
     """
+
+    MANY = 64
 
     def __init__(self, weight, bias):
         super().__init__()
@@ -63,10 +68,15 @@ class Int8Linear(nn.Module):
         self.register_buffer("weight", (weight / scale).round().to(torch.int8))
         self.register_buffer("scale", scale[:, 0].bfloat16())
         self.register_buffer("bias", bias)
+        self.many = math.inf if has_bfloat16(weight.device) else self.MANY
 
     def forward(self, x):
-        y = torch._weight_int8pack_mm(x.reshape(-1, x.size(-1)).bfloat16(), self.weight, self.scale)
-        y = y.float().view(*x.shape[:-1], -1)
+        rows = x.reshape(-1, x.size(-1))
+        if len(rows) >= self.many:
+            y = F.linear(rows, self.weight.float()) * self.scale
+        else:
+            y = torch._weight_int8pack_mm(rows.bfloat16(), self.weight, self.scale).float()
+        y = y.view(*x.shape[:-1], -1)
         return y if self.bias is None else y + self.bias
 
 

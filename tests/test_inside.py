@@ -7,10 +7,11 @@ from transformers import GPT2LMHeadModel
 
 import inside
 from checkpoint import save_model
-from lighten import lighten
+from lighten import has_float16, lighten
 from modern import Modern, ModernConfig
 from tokenizer import CharTokenizer
 
+needs_float16 = pytest.mark.skipif(not has_float16(), reason="float16 weights need an x86 CPU with AVX2")
 SIZES = dict(block_size=16, vocab_size=11, n_layer=3, n_head=4, n_embd=32)
 
 
@@ -183,9 +184,10 @@ def test_two_dimensions_are_the_principal_components():
     torch.testing.assert_close(shares, values[[-1, -2]] / values.sum())
 
 
-def test_a_lightened_model_can_be_looked_into(model):
+@pytest.mark.parametrize("how", ["bfloat16", pytest.param("float16", marks=needs_float16)])
+def test_a_lightened_model_can_be_looked_into(model, how):
     idx = tokens(2, 9)
-    seen, light = inside.look(model, idx), inside.look(lighten(model, "bfloat16"), idx)
+    seen, light = inside.look(model, idx), inside.look(lighten(model, how), idx)
     for a, b in zip(seen.attention, light.attention):
         torch.testing.assert_close(a, b, atol=0.1, rtol=0)
     assert F.cosine_similarity(seen.logits.flatten(), light.logits.flatten(), dim=0) > 0.99

@@ -431,6 +431,20 @@ def test_lighter_weights_are_read_in_parts_as_whole(make, arch, how):
     assert {p.dtype for p in parts} == {torch.float32}
 
 
+@needs_int8
+@pytest.mark.parametrize("bfloat16", [True, False])
+def test_int8_multiplies_many_tokens_as_it_does_few(make, monkeypatch, bfloat16):
+    monkeypatch.setattr(lighten_module, "has_bfloat16", lambda device: bfloat16)
+    linear = torch.nn.Linear(32, 48)
+    light = lighten(torch.nn.Sequential(linear), "int8")
+    x = torch.randn(5, 20, 32)
+    scale = linear.weight.abs().amax(dim=1, keepdim=True) / 127
+    expected = F.linear(x, (linear.weight / scale).round() * scale, linear.bias)
+    assert light[0].many == (math.inf if bfloat16 else light[0].MANY)
+    torch.testing.assert_close(light(x), expected, atol=0.02, rtol=0.01)
+    torch.testing.assert_close(light(x[:1]), expected[:1], atol=0.02, rtol=0.01)
+
+
 @needs_float16
 @pytest.mark.parametrize("arch", ARCHS)
 def test_with_float16_weights_the_products_are_those_of_float32(make, arch):
