@@ -8,10 +8,12 @@ Only the matrices change (nn.Linear), and only how they are stored and multiplie
 """
 
 import math
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from tqdm import tqdm
 
 from utils import UserError, has_bfloat16
 
@@ -104,8 +106,22 @@ def lighten(model, how):
             weight = torch.cat([module.c_q.weight, module.c_k.weight, module.c_v.weight])
             module.c_attn = kinds[how](weight, None)
             del module.c_q, module.c_k, module.c_v
-        for name, child in list(module.named_children()):
-            if isinstance(child, nn.Linear):
-                bias = None if child.bias is None else child.bias.detach().clone()
-                setattr(module, name, kinds[how](child.weight.detach(), bias))
+    linears = [
+        (module, name)
+        for module in model.modules()
+        for name, child in module.named_children()
+        if isinstance(child, nn.Linear)
+    ]
+
+    def replace(place):
+        module, name = place
+        child = getattr(module, name)
+        bias = None if child.bias is None else child.bias.detach().clone()
+        setattr(module, name, kinds[how](child.weight.detach(), bias))
+
+    # A core for each: what FBGEMM does to float16 weights, 13 s for a billion of them, uses only one.
+    with ThreadPoolExecutor(torch.get_num_threads(), initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        done = pool.map(replace, linears)
+        for _ in tqdm(done, f"weights to {how}", len(linears), delay=2, leave=False):
+            pass
     return model
