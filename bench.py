@@ -152,8 +152,8 @@ def generation_work(system, setting, options):
     model = peer_model(system, setting, options).to(device, dtype_of(device)).eval()
     if system == "nanogpt":
         return lambda: model.generate(idx, NEW_TOKENS, **bench_generate.HOW), NEW_TOKENS
-    settings = dict(do_sample=True, max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS, **bench_generate.HOW)
-    return lambda: model.generate(idx, attention_mask=torch.ones_like(idx), pad_token_id=0, **settings), NEW_TOKENS
+    how = dict(do_sample=True, **bench_generate.HOW)
+    return bench_generate.transformers_writing(model, idx, NEW_TOKENS, **how), NEW_TOKENS
 
 
 def model_config(setting):

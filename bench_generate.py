@@ -233,14 +233,16 @@ def transformers_work(system, work, model, prompt, options):
 
     theirs = GPT2LMHeadModel.from_pretrained(options.out_dir).to(prompt.device, dtype_of(prompt.device)).eval()
     n = 1 if work == "first" else NEW_TOKENS
-    settings = dict(max_new_tokens=n, min_new_tokens=n, pad_token_id=0, attention_mask=torch.ones_like(prompt))
-    if work == "beams":
-        settings.update(num_beams=4, do_sample=False)
-    else:
-        settings.update(do_sample=True, **HOW)
+    settings = dict(do_sample=True, **HOW) if work != "beams" else dict(do_sample=False, num_beams=4)
     if work == "many":
         settings["num_return_sequences"] = at_once(prompt.device)
-    return (lambda: theirs.generate(prompt, **settings)), lambda: ""
+    return transformers_writing(theirs, prompt, n, **settings), lambda: ""
+
+
+def transformers_writing(model, idx, n, **settings):
+    """A function that writes n tokens after each row of idx (B, T), as Hugging Face's model does."""
+    settings.update(max_new_tokens=n, min_new_tokens=n, pad_token_id=0, attention_mask=torch.ones_like(idx))
+    return lambda: model.generate(idx, **settings)
 
 
 def nanogpt_work(system, work, model, prompt, options):

@@ -92,26 +92,22 @@ def lighten(model, how):
     if how == "float32":
         return model
     kinds = {"bfloat16": Bfloat16Linear, "float16": Float16Linear, "int8": Int8Linear}
+    linears = [m for m in model.modules() if isinstance(m, nn.Linear)]
     if how == "float16" and not has_float16():
         raise UserError("--dtype float16: on a CPU needs an x86 with AVX2; use bfloat16 or float32")
-    if how == "float16" and any(m.weight.abs().max() > 65504 for m in model.modules() if isinstance(m, nn.Linear)):
+    if how == "float16" and any(linear.weight.abs().max() > 65504 for linear in linears):
         raise UserError("--dtype float16: the model has a weight beyond 65504, where float16 ends; use --dtype float32")
     if how == "int8" and not hasattr(torch, "_weight_int8pack_mm"):
         raise UserError(f"--quantize int8: needs PyTorch 2.3 or newer, not {torch.__version__}; use --dtype bfloat16")
-    widths = {m.in_features for m in model.modules() if isinstance(m, nn.Linear)}
-    if how == "int8" and any(width % 16 for width in widths):  # the kernel reads 16 numbers at once
+    if how == "int8" and any(linear.in_features % 16 for linear in linears):  # the kernel reads 16 numbers at once
         raise UserError("--quantize int8: needs an n_embd that is a multiple of 16; use --dtype bfloat16")
     for module in list(model.modules()):
         if hasattr(module, "c_q"):  # modern.py's three matrices, read as one
             weight = torch.cat([module.c_q.weight, module.c_k.weight, module.c_v.weight])
             module.c_attn = kinds[how](weight, None)
             del module.c_q, module.c_k, module.c_v
-    linears = [
-        (module, name)
-        for module in model.modules()
-        for name, child in module.named_children()
-        if isinstance(child, nn.Linear)
-    ]
+    del linears  # so that the memory of each is free once it has been replaced
+    places = [(m, name) for m in model.modules() for name, child in m.named_children() if isinstance(child, nn.Linear)]
 
     def replace(place):
         module, name = place
@@ -121,7 +117,7 @@ def lighten(model, how):
 
     # A core for each: what FBGEMM does to float16 weights, 13 s for a billion of them, uses only one.
     with ThreadPoolExecutor(torch.get_num_threads(), initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        done = pool.map(replace, linears)
-        for _ in tqdm(done, f"weights to {how}", len(linears), delay=2, leave=False):
+        done = pool.map(replace, places)
+        for _ in tqdm(done, f"weights to {how}", len(places), delay=2, leave=False):
             pass
     return model

@@ -2,7 +2,6 @@
 
 import contextlib
 import copy
-import functools
 import math
 import warnings
 from concurrent.futures import ThreadPoolExecutor
@@ -85,9 +84,6 @@ POLAR_EXPRESS = (
 )
 
 
-multiplies_bfloat16 = functools.lru_cache(maxsize=None)(has_bfloat16)  # asked at every step
-
-
 def orthogonal(x):
     """Bring all singular values of each matrix in x (N, rows, columns) near 1: the nearest orthogonal one.
 
@@ -95,7 +91,7 @@ def orthogonal(x):
     A polynomial of odd powers of a matrix, x (a + b x^T x + c (x^T x)^2), is that polynomial of its singular values.
     """
     tall = x.size(1) > x.size(2)
-    x = (x.mT if tall else x).to(torch.bfloat16 if multiplies_bfloat16(x.device) else torch.float32)
+    x = (x.mT if tall else x).to(torch.bfloat16 if has_bfloat16(x.device) else torch.float32)
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
     for a, b, c in POLAR_EXPRESS:
         gram = x @ x.mT

@@ -30,6 +30,7 @@ import argparse
 import contextlib
 import difflib
 import errno
+import functools
 import json
 import re
 import typing
@@ -224,9 +225,13 @@ def has_bfloat16(device):
     """Does the device multiply bfloat16 matrices in hardware? (Elsewhere they work too, but slower than float32.)"""
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
-    if device.type == "cpu":
-        with contextlib.suppress(OSError), open("/proc/cpuinfo") as f:
-            return re.search(r"\b(avx512_bf16|amx_bf16|bf16)\b", f.read()) is not None
+    return device.type == "cpu" and _cpu_has_bfloat16()
+
+
+@functools.lru_cache(maxsize=None)  # asked at every step of Muon
+def _cpu_has_bfloat16():
+    with contextlib.suppress(OSError), open("/proc/cpuinfo") as f:
+        return re.search(r"\b(avx512_bf16|amx_bf16|bf16)\b", f.read()) is not None
     return False
 
 

@@ -28,11 +28,6 @@ ARCHS = ["gpt", pytest.param("modern", marks=needs_muon)]
 DTYPES = [torch.float32, torch.bfloat16]
 
 
-@pytest.fixture(autouse=True)
-def dice():
-    torch.manual_seed(0)
-
-
 def make_options(**changes):
     return train.TrainOptions(**{**TINY, **changes})
 
@@ -214,7 +209,7 @@ def test_a_step_is_what_plain_pytorch_does(make_model):
 @needs_muon
 def test_a_step_of_a_modern_model_is_what_plain_pytorch_does(monkeypatch):
     monkeypatch.setattr(optim, "POLAR_EXPRESS", 5 * ((3.4445, -4.775, 2.0315),))  # torch.optim.Muon's polynomial
-    monkeypatch.setattr(optim, "multiplies_bfloat16", lambda device: True)  # and its number format
+    monkeypatch.setattr(optim, "has_bfloat16", lambda device: True)  # and its number format
     learner = make_learner("modern", matrix_lr=0.02, weight_decay=0.1, grad_clip=0.5)
     batches, plain = make_batch(learner.options, steps=3), copy.deepcopy(learner.model)
     found = take_steps(learner, batches)
@@ -243,7 +238,7 @@ def test_a_step_of_a_modern_model_is_what_plain_pytorch_does(monkeypatch):
 @pytest.mark.parametrize("bfloat16", [True, False])
 @pytest.mark.parametrize("shape", [(8, 8), (32, 8), (8, 32), (1, 8), (192, 768)])
 def test_an_update_by_muon_has_singular_values_near_1_and_the_directions_of_the_gradient(shape, bfloat16, monkeypatch):
-    monkeypatch.setattr(optim, "multiplies_bfloat16", lambda device: bfloat16)
+    monkeypatch.setattr(optim, "has_bfloat16", lambda device: bfloat16)
     x = torch.randn(3, *shape, generator=torch.Generator().manual_seed(0))
     found = optim.orthogonal(x)
     assert found.dtype == (torch.bfloat16 if bfloat16 else torch.float32) and found.shape == x.shape
