@@ -30,7 +30,7 @@ from generate import (
     use_threads,
 )
 from graphs import GraphReader
-from lighten import has_float16, lighten
+from lighten import has_float16, join, lighten
 from model import GPT
 from tokenizer import prompt_tokens
 from utils import DTYPES, UserError, has_bfloat16, option, pick_device, pick_dtype, write_json
@@ -198,7 +198,7 @@ def our_work(system, work, model, prompt, options):
         draft, threads = Draft.load(options.out_dir), best_threads(model, 4)
         counts.cost = guess_cost(model, 3, threads) if draft is not None else 0.0
     else:
-        model.to(device, DTYPES[kind])
+        join(model.to(device, DTYPES[kind]))
 
     def guessed():
         how = dict(sampling=Sampling(**HOW), counts=counts, reader=Reader(model, threads=threads))

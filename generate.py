@@ -25,22 +25,49 @@ import torch.nn.functional as F
 # The cache: each token is read once
 
 
-class LayerCache:
-    """One layer's keys and values of the tokens read so far: each (B, H, block_size, D), `length` of it filled.
+class Visible:
+    """What the tokens of a pass may look at: the same in every layer, so it is made once.
 
     pad: None, or (B,) int64, how many of a row's first positions hold no token (see `generate`).
     """
 
-    def __init__(self, block_size, pad=None):
-        self.block_size, self.length, self.pad = block_size, 0, pad
+    def __init__(self, pad=None):
+        self.reset(pad)
+
+    def reset(self, pad):
+        self.pad, self.shape, self.numbers = pad, None, None
+
+    def mask(self, T, S, k):
+        """What is added to the scores of S positions for each of the last T: 0, or -inf where it may not look.
+
+        (T, S), or with padding (B, 1, T, S), of the type and on the device of k; None where no mask is needed, because
+        a token sees all up to its own and there is but one, or no other was read before them.
+        """
+        if self.pad is None and T in (1, S):
+            return None
+        if self.shape != (T, S):
+            places = torch.arange(S, device=k.device)  # (S,)
+            own = places[S - T :, None]  # (T, 1)
+            seen = places <= own  # (T, S)
+            if self.pad is not None:
+                real = (places >= self.pad[:, None])[:, None, None]  # (B, 1, 1, S)
+                seen = seen & real | (places == own)  # itself always: softmax over nothing would be no number
+            self.shape, self.numbers = (T, S), k.new_zeros(seen.shape).masked_fill_(~seen, float("-inf"))
+        return self.numbers
+
+
+class LayerCache:
+    """One layer's keys and values of the tokens read so far: each (B, H, block_size, D), `length` of it filled."""
+
+    def __init__(self, block_size, visible):
+        self.block_size, self.visible, self.length = block_size, visible, 0
         self.k = self.v = None  # made at the first append, when shape, device and type are known
         self.last = None  # (B, T, C): modern.py's token shift looks one position back
 
     def append(self, k, v):
         """Add the keys and values (B, H, T, D) of T more tokens.
 
-        Returns those of all S tokens, (B, H, S, D), and which of them each of the T may look at: (B, 1, T, S) bool, or
-        None where that is all up to its own.
+        Returns those of all S tokens, (B, H, S, D), and which of them each of the T may look at (Visible.mask).
         """
         if self.k is None:
             B, H, _, D = k.shape
@@ -49,27 +76,20 @@ class LayerCache:
         self.k[:, :, self.length : end] = k
         self.v[:, :, self.length : end] = v
         self.length = end
-        return self.k[:, :, :end], self.v[:, :, :end], None if self.pad is None else self._visible(k.size(2))
-
-    def _visible(self, T):
-        """Rows with padding: (B, 1, T, S) bool."""
-        places = torch.arange(self.length, device=self.k.device)  # (S,)
-        own = places[self.length - T :, None]  # (T, 1)
-        real = (places >= self.pad[:, None])[:, None, None]  # (B, 1, 1, S)
-        return (places <= own) & real | (places == own)  # itself always: softmax over nothing would be no number
+        return self.k[:, :, :end], self.v[:, :, :end], self.visible.mask(k.size(2), end, k)
 
     def previous(self, x):
         """x (B, T, C) one position earlier: what the position before these T was, then the first T - 1 of them."""
         before = torch.zeros_like(x[:, :1]) if self.last is None else self.last[:, -1:]
         self.last = x
         before = torch.cat([before, x[:, :-1]], dim=1)
-        if self.pad is not None:  # before a row's first token there is nothing
+        if self.visible.pad is not None:  # before a row's first token there is nothing
             positions = self.length + torch.arange(x.size(1), device=x.device)
-            before = before * (positions > self.pad[:, None])[:, :, None]
+            before = before * (positions > self.visible.pad[:, None])[:, :, None]
         return before
 
-    def clear(self, pad=None):
-        self.length, self.last, self.pad = 0, None, pad
+    def clear(self):
+        self.length, self.last = 0, None
 
     def forget(self, n):
         """Forget the last n tokens; fewer than the last call read."""
@@ -84,8 +104,6 @@ class LayerCache:
         elif len(moved) > 0 and since < self.length:
             for t in (self.k, self.v):
                 t[moved, :, since : self.length] = t[rows[moved], :, since : self.length]
-        if self.pad is not None:
-            self.pad = self.pad[rows]
         if self.last is not None:
             self.last = self.last[:, -1:].index_select(0, rows)
 
@@ -94,7 +112,8 @@ class KVCache:
     """The keys and values of every layer. `model(idx, cache=cache)` continues after the tokens in it."""
 
     def __init__(self, config, pad=None):
-        self.layers = [LayerCache(config.block_size, pad) for _ in range(config.n_layer)]
+        self.visible = Visible(pad)
+        self.layers = [LayerCache(config.block_size, self.visible) for _ in range(config.n_layer)]
 
     @property
     def length(self):
@@ -106,13 +125,14 @@ class KVCache:
 
     def positions(self, T, device):
         """The same, counted from each row's first token: (T,), or (B, T) where rows are padded."""
-        places, pad = self.places(T, device), self.layers[0].pad
+        places, pad = self.places(T, device), self.visible.pad
         return places if pad is None else (places - pad[:, None]).clamp(min=0)
 
     def clear(self, pad=None):
         """Forget all tokens, and keep the memory."""
+        self.visible.reset(pad)
         for layer in self.layers:
-            layer.clear(pad)
+            layer.clear()
 
     def forget(self, n):
         """Forget the last n tokens, fewer than the last call of the model read: guesses that were wrong."""
@@ -127,6 +147,8 @@ class KVCache:
         moved = (rows != torch.arange(len(rows), device=rows.device)).nonzero().squeeze(1)
         for layer in self.layers:
             layer.select(rows, moved, since)
+        if self.visible.pad is not None:
+            self.visible.reset(self.visible.pad[rows])
 
 
 class Reader:

@@ -42,14 +42,14 @@ class StaticCache:
     length = 0  # how full it is says `position`, which may change after the step was recorded
 
     def __init__(self, cache, position):
-        pad = cache.layers[0].pad
+        pad = cache.visible.pad
         self.position, self.pad = position, None if pad is None else pad.clone()
         self.layers = [StaticLayer(layer, position, self.pad) for layer in cache.layers]
 
     def refresh(self, cache):
         """Take over what has changed since tokens were read by other means."""
         if self.pad is not None:
-            self.pad.copy_(cache.layers[0].pad)
+            self.pad.copy_(cache.visible.pad)
         for static, layer in zip(self.layers, cache.layers):
             if layer.last is not None:
                 static.last.copy_(layer.last[:, -1:])

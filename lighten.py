@@ -4,7 +4,8 @@
     lighten(model, "float16")      # half the bytes too, for any other x86 CPU with AVX2
     lighten(model, "int8")         # a quarter; needs PyTorch 2.3
 
-Only the matrices change (nn.Linear), and only how they are stored and multiplied: between them flows float32.
+Only the matrices change (nn.Linear), and only how they are stored and multiplied: between them flows float32. "float32"
+keeps their numbers, and is faster all the same: what only training needs is left out.
 """
 
 import math
@@ -32,13 +33,23 @@ def usual_format(model):
     return "bfloat16" if has_bfloat16(torch.device("cpu")) else "float16" if has_float16() else "float32"
 
 
+class Float32Linear(nn.Module):
+    """A Linear as it is, without what training needs: PyTorch looks a parameter up more slowly than an attribute."""
+
+    def __init__(self, weight, bias):
+        super().__init__()
+        self.weight, self.bias = weight, bias
+
+    def forward(self, x):
+        return F.linear(x, self.weight, self.bias)
+
+
 class Bfloat16Linear(nn.Module):
     """A Linear with bfloat16 weights and products."""
 
     def __init__(self, weight, bias):
         super().__init__()
-        self.register_buffer("weight", weight.bfloat16())
-        self.register_buffer("bias", None if bias is None else bias.bfloat16())
+        self.weight, self.bias = weight.bfloat16(), None if bias is None else bias.bfloat16()
 
     def forward(self, x):
         return F.linear(x.bfloat16(), self.weight, self.bias).float()
@@ -67,9 +78,8 @@ class Int8Linear(nn.Module):
     def __init__(self, weight, bias):
         super().__init__()
         scale = weight.abs().amax(dim=1, keepdim=True).clamp(min=1e-12) / 127  # (out, 1)
-        self.register_buffer("weight", (weight / scale).round().to(torch.int8))
-        self.register_buffer("scale", scale[:, 0].bfloat16())
-        self.register_buffer("bias", bias)
+        self.weight, self.scale = (weight / scale).round().to(torch.int8), scale[:, 0].bfloat16()
+        self.bias = bias
         self.many = math.inf if has_bfloat16(weight.device) else self.MANY
 
     def forward(self, x):
@@ -77,21 +87,34 @@ class Int8Linear(nn.Module):
         if len(rows) >= self.many:
             y = F.linear(rows, self.weight.float()) * self.scale
         else:
-            y = torch._weight_int8pack_mm(rows.bfloat16(), self.weight, self.scale).float()
+            y = torch._weight_int8pack_mm(rows.bfloat16(), self.weight, self.scale)
         y = y.view(*x.shape[:-1], -1)
-        return y if self.bias is None else y + self.bias
+        return y.float() if self.bias is None else y + self.bias  # bfloat16 + float32 is float32
+
+
+@torch.no_grad()
+def join(model):
+    """Make modern.py's three matrices for queries, keys and values one, in place, which need not be joined each time.
+
+    Returns the model, which can then write and be measured, but no longer be saved.
+    """
+    for module in list(model.modules()):
+        if hasattr(module, "c_q"):
+            weight = torch.cat([module.c_q.weight, module.c_k.weight, module.c_v.weight])  # (3C, C)
+            module.c_attn = nn.Linear(weight.size(1), weight.size(0), bias=False, device="meta")
+            module.c_attn.weight = nn.Parameter(weight, requires_grad=False)
+            del module.c_q, module.c_k, module.c_v
+    return model
 
 
 @torch.no_grad()
 def lighten(model, how):
-    """Replace every Linear of a float32 model on the CPU, in place, by one of `how`: bfloat16, float16 or int8.
+    """Replace every Linear of a float32 model on the CPU, in place, by one of `how`: float32, bfloat16, float16, int8.
 
-    Returns the model, which can then write and be measured, but no longer be trained or saved; "float32" leaves it as
-    it is. Raises UserError where this machine or model cannot have such weights.
+    Returns the model, which can then write and be measured, but no longer be trained or saved. Raises UserError where
+    this machine or model cannot have such weights.
     """
-    if how == "float32":
-        return model
-    kinds = {"bfloat16": Bfloat16Linear, "float16": Float16Linear, "int8": Int8Linear}
+    kinds = {"float32": Float32Linear, "bfloat16": Bfloat16Linear, "float16": Float16Linear, "int8": Int8Linear}
     linears = [m for m in model.modules() if isinstance(m, nn.Linear)]
     if how == "float16" and not has_float16():
         raise UserError("--dtype float16: on a CPU needs an x86 with AVX2; use bfloat16 or float32")
@@ -101,11 +124,7 @@ def lighten(model, how):
         raise UserError(f"--quantize int8: needs PyTorch 2.3 or newer, not {torch.__version__}; use --dtype bfloat16")
     if how == "int8" and any(linear.in_features % 16 for linear in linears):  # the kernel reads 16 numbers at once
         raise UserError("--quantize int8: needs an n_embd that is a multiple of 16; use --dtype bfloat16")
-    for module in list(model.modules()):
-        if hasattr(module, "c_q"):  # modern.py's three matrices, read as one
-            weight = torch.cat([module.c_q.weight, module.c_k.weight, module.c_v.weight])
-            module.c_attn = kinds[how](weight, None)
-            del module.c_q, module.c_k, module.c_v
+    join(model)
     del linears  # so that the memory of each is free once it has been replaced
     places = [(m, name) for m in model.modules() for name, child in m.named_children() if isinstance(child, nn.Linear)]
 

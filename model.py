@@ -59,7 +59,7 @@ class LayerNorm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(config.n_embd)) if config.bias else None
 
     def forward(self, x):
-        return F.layer_norm(x, self.weight.shape, self.weight, self.bias, eps=1e-5)
+        return F.layer_norm(x, x.shape[-1:], self.weight, self.bias, eps=1e-5)
 
 
 class CausalSelfAttention(nn.Module):
@@ -79,7 +79,7 @@ class CausalSelfAttention(nn.Module):
 
     def forward(self, x, cache=None):
         B, T, C = x.shape
-        q, k, v = self.c_attn(x).split(C, dim=2)  # each (B, T, C)
+        q, k, v = self.c_attn(x).chunk(3, dim=2)  # each (B, T, C)
         q, k, v = (t.view(B, T, self.n_head, C // self.n_head).transpose(1, 2) for t in (q, k, v))  # (B, H, T, D)
         mask = None
         if cache is not None:
@@ -92,8 +92,8 @@ class CausalSelfAttention(nn.Module):
 def attention(q, k, v, dropout=0.0, mask=None):
     """softmax(q k^T / sqrt(D)) v with a causal mask: the last T of S positions look at themselves and what is before.
 
-    q is (B, H, T, D), k and v are (B, H, S, D) with S >= T; returns (B, H, T, D). mask: (B, 1, T, S) bool, what each of
-    the T may look at where that is another choice (generate.py's cache knows).
+    q is (B, H, T, D), k and v are (B, H, S, D) with S >= T; returns (B, H, T, D). mask: (T, S) or
+    (B, 1, T, S), true where one of the T may look, or what to add to its scores; generate.py's cache makes it.
 
     PyTorch's fused kernel computes it without keeping the (T, S) scores (Dao et al. 2022, FlashAttention). Only for
     training on a CPU, in bfloat16 or with dropout, is the formula written out the faster of the two, up to 1024

@@ -41,7 +41,7 @@ from generate import (
     use_threads,
 )
 from graphs import GraphReader
-from lighten import lighten, usual_format
+from lighten import join, lighten, usual_format
 from tokenizer import prompt_tokens, whole_characters
 from utils import UserError, is_out_of_memory, option, parse_options, pick_device, pick_dtype, run_command
 
@@ -156,7 +156,7 @@ def sample(options):
     if device.type == "cpu":
         lighten(model.eval(), options.quantize or options.dtype or usual_format(model))
     else:
-        model.to(device, pick_dtype(options.dtype, device)).eval()
+        join(model.to(device, pick_dtype(options.dtype, device)).eval())
     scribe = Scribe(model, tokenizer, options, device)
     if options.interactive:
         interact(prompt, scribe)

@@ -9,7 +9,7 @@ import torch
 from transformers import GPT2LMHeadModel
 
 from checkpoint import save_model
-from generate import KVCache, beam_search, generate, next_token_probs, penalize_repetition
+from generate import KVCache, Visible, beam_search, generate, next_token_probs, penalize_repetition
 from tokenizer import CharTokenizer
 
 
@@ -43,6 +43,31 @@ def test_reading_in_parts_through_the_cache_gives_the_logits_of_reading_whole(ma
         logits, _ = model(idx[:, end - part : end], cache=cache)
         assert cache.length == end
         torch.testing.assert_close(logits, model(idx[:, :end])[0], rtol=0, atol=1e-5)
+
+
+def test_a_mask_is_made_once_for_all_layers_and_anew_where_it_must_be():
+    visible, k = Visible(), torch.zeros(2, 1, 3, 4)
+    assert visible.mask(1, 5, k) is visible.mask(4, 4, k) is None  # a single token, and all tokens there are
+    mask = visible.mask(2, 4, k)
+    assert visible.mask(2, 4, k) is mask
+    assert torch.equal(mask == 0, torch.tensor([[True, True, True, False], [True] * 4]))
+    assert visible.mask(2, 5, k).shape == (2, 5)
+    visible.reset(torch.tensor([0, 3]))
+    alone = [True, False, False, False]  # a place without a token looks at itself, and nobody looks at what it finds
+    first, second = visible.mask(4, 4, k)[:, 0] == 0
+    assert torch.equal(first, torch.ones(4, 4, dtype=torch.bool).tril())
+    assert second.tolist() == [alone[-i:] + alone[:-i] for i in range(4)]
+
+
+def test_rows_with_padding_keep_it_where_they_change_places(make_model):
+    model, idx, pad = make_model(), tokens(3, 5), torch.tensor([0, 2, 3])
+    cache, rows = KVCache(model.config, pad), torch.tensor([2, 0, 1])
+    model(idx, cache=cache)
+    cache.select(rows)
+    new = tokens(3, 2, seed=1)
+    for row, logits in zip(range(3), model(new, cache=cache, last=2)[0]):
+        alone = torch.cat([idx[rows[row], pad[rows[row]] :], new[row]])
+        torch.testing.assert_close(logits, model(alone[None], last=2)[0][0], rtol=0, atol=1e-5)
 
 
 def test_the_cache_holds_block_size_tokens_and_no_more(make_model):

@@ -38,7 +38,7 @@ from generate import (
     use_threads,
 )
 from graphs import GraphReader
-from lighten import has_float16, lighten, usual_format
+from lighten import has_float16, join, lighten, usual_format
 from tokenizer import CharTokenizer
 from utils import UserError
 
@@ -443,6 +443,16 @@ def test_int8_multiplies_many_tokens_as_it_does_few(make, monkeypatch, bfloat16)
     assert light[0].many == (math.inf if bfloat16 else light[0].MANY)
     torch.testing.assert_close(light(x), expected, atol=0.02, rtol=0.01)
     torch.testing.assert_close(light(x[:1]), expected[:1], atol=0.02, rtol=0.01)
+
+
+@pytest.mark.parametrize("prepare", [join, lambda model: lighten(model, "float32")])
+@pytest.mark.parametrize("arch", ARCHS)
+def test_a_model_prepared_in_float32_has_the_same_logits_with_fewer_matrices(make, arch, prepare):
+    model, idx = make(arch), tokens(2, 8)
+    expected, before = model(idx)[0], {name for name, _ in model.named_modules()}
+    torch.testing.assert_close(prepare(model)(idx)[0], expected, atol=1e-6, rtol=1e-5)
+    parts = {name.split(".")[-1] for name in before ^ {name for name, _ in model.named_modules()}}
+    assert parts == ({"c_q", "c_k", "c_v", "c_attn"} if arch == "modern" else set())
 
 
 @needs_float16
