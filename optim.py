@@ -302,9 +302,10 @@ class Learner:
             ]
         else:
             self.model.load_state_dict(state["model"])
-        for optimizer, saved, memory in zip(self.optimizers, state["optimizers"], memories):
-            optimizer.load_state_dict({**saved, "state": memory})
-        self.scaler.load_state_dict(state["scaler"])
+        for optimizer, memory in zip(self.optimizers, memories):  # the saved settings may be those of another device
+            optimizer.load_state_dict({**optimizer.state_dict(), "state": memory})
+        if state["scaler"]:  # {} where the run was not in float16 until now
+            self.scaler.load_state_dict(state["scaler"])
         if "skipped" in state:  # not in states of before there was such a count
             self.skipped = state["skipped"].to(self.device)
         if self.copied:

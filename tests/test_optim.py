@@ -674,6 +674,29 @@ def test_the_state_holds_the_scale_of_float16():
     assert resumed.scaler.get_scale() == 8.0
 
 
+def test_a_run_that_began_without_a_scaler_goes_on_with_one():
+    """As on a GPU without bfloat16, where it began on one that has it."""
+    learner, resumed = make_learner(), with_scaler(make_learner(), init_scale=8.0)
+    resumed.load_state_dict(learner.state_dict())
+    assert resumed.scaler.get_scale() == 8.0
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_a_run_goes_on_where_its_optimizer_is_fused_and_before_was_not_and_the_other_way_round(arch):
+    """As on a GPU, where it began on an Apple GPU or with an older PyTorch."""
+    batches = make_batch(make_options(), steps=2)
+    for before, after in ((True, None), (None, True)):
+        learner, resumed = make_learner(arch), make_learner(arch, seed=1)
+        for each, fused in ((learner, before), (resumed, after)):
+            groups = [dict(group, fused=fused) for group in each.optimizers[-1].param_groups]
+            each.optimizers[-1] = torch.optim.AdamW(groups, fused=fused)
+        take_steps(learner, batches[:1])
+        resumed.load_state_dict(copy.deepcopy(learner.state_dict()))
+        assert take_steps(resumed, batches[1:]) == take_steps(learner, batches[1:])
+        for p, q in zip(resumed.model.parameters(), learner.model.parameters()):
+            torch.testing.assert_close(p, q, atol=1e-6, rtol=0)
+
+
 @pytest.mark.parametrize("arch", ARCHS)
 def test_the_state_is_the_float32_weights_under_the_names_of_the_model_whatever_the_format(arch):
     for dtype in DTYPES:
