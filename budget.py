@@ -27,11 +27,10 @@ from plan import (
     evaluation_seconds,
     make_config,
     matmul_peak,
-    memory_of,
     seconds_per_token,
     settle,
 )
-from utils import STARTED, UserError, pick_device, pick_dtype, seconds_in_words
+from utils import STARTED, UserError, memory_of, pick_device, pick_dtype, seconds_in_words
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Where the run is planned for
@@ -257,8 +256,7 @@ def memory(model, options, place, data):
         always.append(("weights gathered", gathered, f"{name}, of two layers and of all that is in none"))
     if data is not None:
         batch = options.batch_size * options.gradient_accumulation_steps * options.block_size
-        size = data.train.nbytes + data.val.nbytes + 3 * 8 * batch
-        always.append(("text and batch", size, f"{len(data.train) + len(data.val):,} tokens"))
+        always.append(("text and batch", data.nbytes + 3 * 8 * batch, f"{len(data.train) + len(data.val):,} tokens"))
     tokens, times = rows * config.block_size, f"{at_once} x " if at_once > 1 else ""
     kept = activation_bytes(config, tokens, place, options.gradient_checkpointing)
     step = [

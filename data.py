@@ -46,6 +46,11 @@ class TextData:
     val_bytes: int  # length of the val text in UTF-8
     fingerprint: str  # of the text: a run is only ever resumed on the text it began with
 
+    @property
+    def nbytes(self):
+        """Of memory that the tokens take for good; of those on a disk the system drops pages as it needs to."""
+        return sum(t.numel() * t.element_size() for t in (self.train, self.val) if isinstance(t, torch.Tensor))
+
     def check_length(self, block_size):
         """Raises UserError where the training text is too short for windows of block_size."""
         if len(self.train) <= block_size:

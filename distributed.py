@@ -181,6 +181,8 @@ def job():
                 raise UserError(
                     "WORLD_SIZE and RANK are set, MASTER_ADDR is not: start several processes with torchrun"
                 )
+            if not hasattr(dist.Store, "check"):
+                raise UserError(f"torchrun: several processes need PyTorch 2.3 or newer, not {torch.__version__}")
             processes = join()
         yield processes
         processes.leave()
@@ -190,9 +192,8 @@ def job():
         if not processes.speaks():
             end_after_the_speaker()
         if is_loss(error):
-            reason = re.sub(r"^\[[^]]*\] ", "", str(error).strip().splitlines()[0])[
-                :100
-            ]  # gloo begins with its own place
+            reason = str(error).strip().splitlines()[0]
+            reason = re.sub(r"^\[[^]]*\] ", "", reason)[:100]  # gloo begins with its own place
             raise UserError(
                 f"another process of this run has ended, or cannot be reached ({reason}); go on with --resume"
             ) from None

@@ -165,8 +165,6 @@ class ShardWriter:
 class Shards:
     """The tokens of shards, one after another, mapped into memory: what is not used takes none."""
 
-    nbytes = 0  # of memory that is taken for good; the system drops pages of a file as it needs to
-
     def __init__(self, paths):
         headers = [Header.read(path) for path in paths]
         self.parts = [

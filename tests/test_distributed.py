@@ -364,6 +364,14 @@ def test_processes_that_torchrun_did_not_start_are_refused(monkeypatch):
         pass
 
 
+def test_several_processes_with_a_pytorch_that_is_too_old_are_refused(monkeypatch):
+    for name, value in dict(WORLD_SIZE="2", RANK="0", MASTER_ADDR="127.0.0.1").items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delattr(distributed.dist.Store, "check")
+    with pytest.raises(UserError, match=r"need PyTorch 2\.3 or newer, not"), distributed.job():
+        pass
+
+
 def test_a_process_alone_asks_nobody():
     assert ALONE.from_first(lambda: 3) == 3 and ALONE.gather("x") == ["x"]
     assert ALONE.agree(0.5, True, signal=15) == [15, 0.5, True] and ALONE.sum(2.5) == 2.5
