@@ -18,7 +18,7 @@ from distributed import ALONE
 from model import GPT, GPTConfig
 from modern import Modern, ModernConfig
 from tokenizer import OtherTokenizer, UnknownCharacters, load_tokenizer, tokenizer_hash
-from utils import UserError, memory_of
+from utils import UserError, memory_of, same_dice
 
 # What a modern model has for a default in place of TrainOptions'.
 MODERN = dict(learning_rate=4e-3, min_lr=0.0, warmup_iters=20, weight_decay=0.0, beta1=0.8, beta2=0.95)
@@ -361,12 +361,6 @@ def matmul_peak(device, dtype, size=2048):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # How long a run will take, and whether compiling pays
-
-
-def same_dice(device):
-    """A context that leaves the random numbers of the CPU and of a GPU as they were."""
-    on_gpu = device.type == "cuda" and torch.cuda.is_available()
-    return torch.random.fork_rng([device] if on_gpu else [])
 
 
 def seconds_per_token(learner, x, y):

@@ -72,6 +72,8 @@ from utils import (
     outlive_readers,
     parse_options,
     pick_dtype,
+    random_states,
+    restore_random_states,
     run_command,
     seconds_in_words,
     write_atomically,
@@ -388,24 +390,6 @@ class Run:
         """The error for numbers that are none."""
         kept = f"; what was saved is kept in {self.options.out_dir}" if state_files(self.options.out_dir) else ""
         return UserError(f"{what} at step {self.step}: the run has diverged; start anew, lower --learning_rate{kept}")
-
-
-def random_states(device):
-    """Where the random numbers of the CPU and of the device stand."""
-    states = dict(cpu=torch.get_rng_state())
-    if device.type == "cuda":
-        states["cuda"] = torch.cuda.get_rng_state(device)
-    if device.type == "mps":
-        states["mps"] = torch.mps.get_rng_state()
-    return states
-
-
-def restore_random_states(states, device):
-    torch.set_rng_state(states["cpu"])
-    if device.type == "cuda" and isinstance(states.get("cuda"), torch.Tensor):
-        torch.cuda.set_rng_state(states["cuda"], device)
-    if device.type == "mps" and "mps" in states:
-        torch.mps.set_rng_state(states["mps"])
 
 
 def write_lines(path, lines):

@@ -195,7 +195,7 @@ def _converter(kind, rules):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Device and number format
+# Device, number format and random numbers
 
 
 def pick_device(name=None):
@@ -249,6 +249,35 @@ def autocast(device, dtype):
     if dtype == torch.float32:
         return contextlib.nullcontext()
     return torch.autocast(device_type=device.type, dtype=dtype)
+
+
+def random_states(device):
+    """Where the random numbers of the CPU and of the device stand."""
+    states = dict(cpu=torch.get_rng_state())
+    if device.type == "cuda":
+        states["cuda"] = torch.cuda.get_rng_state(device)
+    if device.type == "mps":
+        states["mps"] = torch.mps.get_rng_state()
+    return states
+
+
+def restore_random_states(states, device):
+    """Go back to where they stood; those of a kind of device that had none then go on."""
+    torch.set_rng_state(states["cpu"])
+    if device.type == "cuda" and isinstance(states.get("cuda"), torch.Tensor):
+        torch.cuda.set_rng_state(states["cuda"], device)
+    if device.type == "mps" and "mps" in states:
+        torch.mps.set_rng_state(states["mps"])
+
+
+@contextlib.contextmanager
+def same_dice(device):
+    """A context that leaves the random numbers of the CPU and of the device as they were."""
+    states = random_states(device)
+    try:
+        yield
+    finally:
+        restore_random_states(states, device)
 
 
 CGROUP = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")  # version 2, version 1

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Optional
 
 import pytest
@@ -239,6 +240,19 @@ def test_autocast_multiplies_in_the_dtype_and_keeps_the_weights_in_float32():
         with utils.autocast(CPU, dtype):
             assert layer(torch.randn(2, 4)).dtype == dtype
     assert layer.weight.dtype == torch.float32
+
+
+@pytest.mark.parametrize("gpu", ["cuda", "mps"])
+def test_the_random_numbers_of_a_gpu_are_left_as_they_were_too(monkeypatch, gpu):
+    stand = torch.tensor([7])
+    dice = SimpleNamespace(get_rng_state=lambda *_: stand.clone(), set_rng_state=lambda state, *_: stand.copy_(state))
+    monkeypatch.setattr(torch, gpu, dice)
+    before = torch.get_rng_state()
+    with pytest.raises(KeyError), utils.same_dice(torch.device(gpu)):
+        stand += 1
+        torch.rand(3)
+        raise KeyError
+    assert stand.tolist() == [7] and torch.equal(torch.get_rng_state(), before)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
