@@ -13,22 +13,18 @@ from generate import Reader
 
 
 class StaticLayer:
-    """A LayerCache, as a step sees it that adds one token at `position`, (1,) int64; pad: None or (B,) int64."""
+    """A LayerCache, as a step of a StaticCache sees it."""
 
-    def __init__(self, layer, position, pad):
-        self.layer, self.position, self.pad = layer, position, pad
+    def __init__(self, layer, static):
+        self.layer, self.static = layer, static
         self.last = None if layer.last is None else layer.last[:, -1:].clone()
 
     def append(self, k, v):
         """Add one token's keys and values (B, H, 1, D); returns those of all positions, and which to look at."""
         layer = self.layer
-        layer.k.index_copy_(2, self.position, k)
-        layer.v.index_copy_(2, self.position, v)
-        places = torch.arange(layer.block_size, device=k.device)
-        filled = (places <= self.position)[None, None, None]  # (1, 1, 1, S)
-        if self.pad is not None:
-            filled = filled & (places >= self.pad[:, None])[:, None, None]  # (B, 1, 1, S)
-        return layer.k, layer.v, filled
+        layer.k.index_copy_(2, self.static.position, k)
+        layer.v.index_copy_(2, self.static.position, v)
+        return layer.k, layer.v, self.static.mask
 
     def previous(self, x):
         before = self.last.clone()
@@ -37,14 +33,23 @@ class StaticLayer:
 
 
 class StaticCache:
-    """A KVCache as such a step sees it."""
+    """A KVCache, as a step sees it that adds one token at `position`, (1,) int64."""
 
     length = 0  # how full it is says `position`, which may change after the step was recorded
 
     def __init__(self, cache, position):
         pad = cache.visible.pad
         self.position, self.pad = position, None if pad is None else pad.clone()
-        self.layers = [StaticLayer(layer, position, self.pad) for layer in cache.layers]
+        self.layers = [StaticLayer(layer, self) for layer in cache.layers]
+
+    def make_mask(self):
+        """Visible.mask of the step, over all S positions of the cache: (1, 1, 1, S), or with padding (B, 1, 1, S)."""
+        k = self.layers[0].layer.k
+        places = torch.arange(k.size(2), device=k.device)
+        hidden = places > self.position
+        if self.pad is not None:
+            hidden = hidden | (places < self.pad[:, None])
+        self.mask = k.new_zeros(hidden.shape).masked_fill_(hidden, float("-inf")).view(-1, 1, 1, k.size(2))
 
     def refresh(self, cache):
         """Take over what has changed since tokens were read by other means."""
@@ -96,6 +101,7 @@ class GraphReader(Reader):
         return self.logits[:, -1].float()
 
     def _step(self):
+        self.static.make_mask()  # once for all layers
         self.logits, _ = self.model(self.token, cache=self.static)
 
     def _record(self, text):
