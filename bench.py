@@ -209,17 +209,17 @@ def peak_memory(device):
 
 
 def main(argv):
-    if argv[:1] == ["quality"]:
-        return quality(parse_options(QualityOptions, argv[1:], "Measure the loss reached in a given time.")[0])
-    if argv[:1] == ["ideas"]:
-        return ideas(parse_options(IdeasOptions, argv[1:], "Measure what each idea of modern.py buys.")[0])
-    if argv[:1] == ["generate"]:
-        about = "Measure how fast a trained model writes."
-        return bench_generate.main(parse_options(bench_generate.GenerateOptions, argv[1:], about)[0])
-    if argv[:1] == ["page"]:
-        about = "Measure a model's web page in Chromium."
-        return bench_page.main(parse_options(bench_page.PageOptions, argv[1:], about)[0])
-    options, _ = parse_options(BenchOptions, argv, "Measure speed, ours and peers'.")
+    commands = {
+        "generate": (bench_generate.main, bench_generate.GenerateOptions, "Measure how fast a trained model writes."),
+        "page": (bench_page.main, bench_page.PageOptions, "Measure a model's web page in Chromium."),
+        "quality": (quality, QualityOptions, "Measure the loss reached in a given time."),
+        "ideas": (ideas, IdeasOptions, "Measure what each idea of modern.py buys."),
+    }
+    if argv and argv[0] in commands:
+        run, cls, about = commands[argv[0]]
+        return run(parse_options(cls, argv[1:], about, f"bench.py {argv[0]}")[0])
+    about = f"Measure speed, ours and peers'. Other measurements, each with its --help: bench.py {', '.join(commands)}."
+    options, _ = parse_options(BenchOptions, argv, about)
     if options.case is not None:
         print(json.dumps(measure(options.case, options)))
         return 0

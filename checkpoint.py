@@ -1,6 +1,7 @@
 """Saving, resuming, importing.
 
-A run's directory is a Hugging Face model directory that transformers reads as it lies, with our own files beside it:
+A run's directory is a Hugging Face model directory, with our own files beside it. transformers reads that of a GPT as
+it lies; a modern model has the same files, but transformers knows no such model.
 
     config.json  model.safetensors                 the best weights so far, in Hugging Face's names and orientation
     tokenizer.json  tokenizer_config.json          the tokenizer

@@ -268,6 +268,8 @@ def _sum(manifest):
 def _read_manifest(directory):
     """What _write_manifest wrote, or what was written before it added a sum. Raises UserError where it is damaged."""
     path = os.path.join(directory, MANIFEST)
+    if not os.path.exists(path):
+        raise UserError(f"{directory}: holds no prepared text (no {MANIFEST}); name what data.py prepare wrote")
     try:
         with open(path, encoding="utf-8") as f:
             manifest = json.load(f)

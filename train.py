@@ -475,9 +475,17 @@ def train_until(at_end, options, given, processes):
         bar_format="{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} s [{remaining} left{postfix}]" if timed else None,
         dynamic_ncols=True,
         mininterval=0.2 if sys.stderr.isatty() else 10.0,  # rarely where the output goes to a file
+        smoothing=0 if timed else 0.3,  # a second takes a second
         disable=not processes.first,
     )
     at_end.callback(bar.close)
+
+    def with_the_clock(batches):
+        """The batches of an evaluation, in which the bar of a run with --minutes goes on."""
+        for batch in stop.until(batches):
+            bar.update(round(run.seconds) - bar.n if timed else 0)
+            yield batch
+
     if run.first_second is None:
         run.first_second = run.seconds
     if options.init_from is not None and run.step == 0 and run.best == math.inf:
@@ -490,7 +498,7 @@ def train_until(at_end, options, given, processes):
     while stop.number is None and (progress < 1 or run.due or run.best == math.inf or run.step == 0):
         if run.due:
             try:
-                val = run.evaluate(stop.until)
+                val = run.evaluate(with_the_clock)
             except Stopped:
                 break
             if not math.isfinite(val):

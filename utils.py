@@ -16,7 +16,7 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 
 
 def leave(*_):
-    """What Ctrl-C does until run_command is reached: nothing has begun, and a traceback would help nobody."""
+    """What Ctrl-C does before run_command is reached, and once it is over: a traceback would help nobody."""
     os._exit(130)
 
 
@@ -62,6 +62,7 @@ def run_command(main):
         print(f"{program}: error: {error}", file=sys.stderr)
         status = 2
     except KeyboardInterrupt:
+        signal.signal(signal.SIGINT, leave)  # a second one, while threads that compute are waited for
         status = 130
     except BrokenPipeError:  # the reader of our output left early, as in `python sample.py | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -35,6 +35,13 @@ def out_dir(tmp_path_factory):
     return out
 
 
+@pytest.mark.parametrize("name", ["generate", "page", "quality", "ideas"])
+def test_help_names_the_measurements_and_how_each_is_called(command, name):  # noqa: F811
+    whole, own = (command(bench, *args).out for args in (["--help"], [name, "--help"]))
+    assert "bench.py generate, page, quality, ideas" in " ".join(whole.split())
+    assert own.startswith(f"usage: bench.py {name} [-h]")
+
+
 def options_of(cls, *flags):
     return parse_options(cls, [*flags], "")[0]
 

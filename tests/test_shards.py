@@ -618,7 +618,8 @@ def test_the_remedy_works_as_it_is_printed(command, tmp_path):  # noqa: F811
         ("prepare text.txt text.txt", "text.txt: cannot be written (File exists)"),
         ("prepare text.txt out --tokenizer bpe:7", "--tokenizer bpe:7: wants bpe: and a number"),
         ("prepare text.txt out --processes 0", "--processes: wants a whole number of at least 1"),
-        ("check missing", "prepared.json: cannot be read"),
+        ("check missing", "missing: holds no prepared text (no prepared.json); name what data.py prepare wrote"),
+        ("check .", ".: holds no prepared text"),
     ],
 )
 def test_bad_commands_are_refused(command, text, tmp_path, args, words):  # noqa: F811

@@ -572,6 +572,21 @@ def test_with_minutes_the_learning_rate_reaches_0_when_the_time_is_up(run, clock
     assert_a_line_to_0(run("out", **TIMED)[1])
 
 
+def test_the_bar_of_a_run_of_minutes_goes_on_in_evaluations(run, clock, monkeypatch):
+    bars, shown, tqdm = [], [], train.tqdm
+
+    def slow(model, tokens, batch_size, max_batches, device, progress, processes):
+        for _ in progress(range(3)):
+            shown.append((bars[0].n, clock.now))
+            clock.now += 2.0
+        return 1.0
+
+    monkeypatch.setattr(train, "tqdm", lambda **settings: bars.append(tqdm(**settings)) or bars[0])
+    monkeypatch.setattr(train, "validation_loss", slow)
+    assert run("out", **TIMED)[0] == 0
+    assert len(shown) >= 6 and all(n == now for n, now in shown)
+
+
 def test_a_run_of_minutes_goes_on_in_the_time_that_was_left_as_if_it_had_not_stopped(run, clock):
     clock.ctrl_c = 40.0
     status, first = run("out", **TIMED)

@@ -16,6 +16,7 @@ import utils
 from utils import UserError, option, parse_options, pick_device, pick_dtype, run_command, write_atomically, write_json
 
 CPU = torch.device("cpu")
+ROOT = str(Path(utils.__file__).parent)
 
 
 @dataclass
@@ -294,6 +295,28 @@ def test_ctrl_c_while_a_command_is_starting_ends_it_without_a_word(tmp_path):
     environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
     sample = Path(utils.__file__).with_name("sample.py")
     done = subprocess.run([sys.executable, str(sample)], env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGINT for one process")
+def test_a_second_ctrl_c_leaves_at_once_without_a_word():
+    """The first one waits for a thread that computes; the thread itself sends both."""
+    program = """if True:
+        import os, signal, sys, threading, time
+        from utils import run_command
+
+        def compute():
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(1)
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(60)
+
+        def main(argv):
+            threading.Thread(target=compute).start()
+            time.sleep(60)
+
+        run_command(main)"""
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=30)
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
 
 
