@@ -43,13 +43,13 @@ from bench_peers import (
     peers,
     synchronize,
 )
-from checkpoint import METRICS, load_model
+from checkpoint import METRICS, load_model, read_metrics
 from data import load_data, validation_loss
-from model import GPT, GPTConfig
+from model import GPT
 from optim import Learner
-from plan import matmul_peak
+from plan import make_config, matmul_peak
 from train import TrainOptions
-from utils import UserError, autocast, option, parse_options, pick_device, pick_dtype, run_command, write_json
+from utils import HERE, UserError, autocast, option, parse_options, pick_device, pick_dtype, run_command, write_json
 
 
 @dataclass
@@ -68,7 +68,6 @@ SETTINGS = {
     ),
     GPT2: Setting(n_layer=12, n_head=12, n_embd=768, block_size=1024, batch_size=16, dropout=0.0, vocab_size=50304),
 }
-HERE = os.path.dirname(os.path.abspath(__file__))
 NEW_TOKENS = 250
 
 
@@ -121,7 +120,8 @@ def training_work(system, setting, options):
     tokens = torch.randint(setting.vocab_size, (setting.batch_size, setting.block_size + 1), device=device)
     x, y = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
     if system == "ours":
-        learner = Learner(GPT(model_config(setting)).to(device), setting, device, pick_dtype(None, device))
+        model = GPT(make_config(setting, setting.vocab_size)).to(device)
+        learner = Learner(model, setting, device, pick_dtype(None, device))
         if device.type == "cuda":
             learner.compute = torch.compile(learner.worker)
         return lambda: learner.step(x, y, 1.0), x.numel()
@@ -147,18 +147,13 @@ def generation_work(system, setting, options):
     device = pick_device(options.device)
     idx = torch.zeros(1, 1, dtype=torch.int64, device=device)
     if system == "ours":
-        model = GPT(model_config(setting)).to(device, dtype_of(device)).eval()
+        model = GPT(make_config(setting, setting.vocab_size)).to(device, dtype_of(device)).eval()
         return bench_generate.writing(model, idx, NEW_TOKENS), NEW_TOKENS
     model = peer_model(system, setting, options).to(device, dtype_of(device)).eval()
     if system == "nanogpt":
         return lambda: model.generate(idx, NEW_TOKENS, **bench_generate.HOW), NEW_TOKENS
     how = dict(do_sample=True, **bench_generate.HOW)
     return bench_generate.transformers_writing(model, idx, NEW_TOKENS, **how), NEW_TOKENS
-
-
-def model_config(setting):
-    sizes = {name: getattr(setting, name) for name in ("block_size", "n_layer", "n_head", "n_embd", "dropout")}
-    return GPTConfig(vocab_size=setting.vocab_size, **sizes)
 
 
 def peer_model(system, setting, options):
@@ -173,7 +168,7 @@ def peer_model(system, setting, options):
         p = setting.dropout
         return GPT2LMHeadModel(GPT2Config(attn_pdrop=p, embd_pdrop=p, resid_pdrop=p, **sizes))
     module = nanogpt_module(options.nanogpt)
-    return module.GPT(module.GPTConfig(**{**asdict(model_config(setting)), "bias": False}))
+    return module.GPT(module.GPTConfig(**{**asdict(make_config(setting, setting.vocab_size)), "bias": False}))
 
 
 def measure(case, options):
@@ -251,7 +246,7 @@ def speed(options):
         row.update(lowest=min(speeds), highest=max(speeds), memory_mb=max(memory) if memory else None)
         if work == "train":
             with torch.device("meta"):  # a model without memory
-                flops = GPT(model_config(SETTINGS[name])).flops_per_token()
+                flops = GPT(make_config(SETTINGS[name], SETTINGS[name].vocab_size)).flops_per_token()
             row["share_of_peak"] = row["tokens_per_s"] * flops / peak
         rows.append(row)
     for name in names:
@@ -338,7 +333,7 @@ def fixed_run(options, flags, minutes, seed):
     print("20 steps, to see how many fit", file=sys.stderr)
     with tempfile.TemporaryDirectory() as folder:
         short = train_process(options, folder, seed, *flags, "--max_iters", 20, "--log_interval", 1)
-        steps = train.read_metrics(os.path.join(folder, "out", METRICS))[:20]
+        steps = read_metrics(os.path.join(folder, "out", METRICS))[:20]
     a_step = (steps[-1]["seconds"] - steps[0]["seconds"]) / 19
     fitting = max(1, int((60 * minutes - short["seconds"]) // a_step) + 20)
     note = f"{fitting:,} step{'s' if fitting > 1 else ''}"
@@ -472,7 +467,7 @@ def ideas(options):
                 out = os.path.join(folder, "out")
                 flags = ["--data", options.data, "--minutes", str(options.minutes), "--seed", str(seed)]
                 timed([sys.executable, __file__, "ideas", "--without", name, "--out_dir", out, *flags])
-                lines = train.read_metrics(os.path.join(out, METRICS))
+                lines = read_metrics(os.path.join(out, METRICS))
                 losses[name].append(min(line["val_loss"] for line in lines if "val_loss" in line))
             print(f"seed {seed}, without {name}: {losses[name][-1]:.4f}", file=sys.stderr)
     print(f"{machine(torch.device('cpu'))}; {options.data}, {options.minutes:g} minutes each, {options.rounds} seeds")

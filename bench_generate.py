@@ -30,12 +30,11 @@ from generate import (
     use_threads,
 )
 from graphs import GraphReader
-from lighten import has_float16, join, lighten
+from lighten import has_float16, join_qkv, lighten
 from model import GPT
 from tokenizer import prompt_tokens
-from utils import DTYPES, UserError, has_bfloat16, option, pick_device, pick_dtype, write_json
+from utils import DTYPES, HERE, UserError, has_bfloat16, option, pick_device, pick_dtype, write_json
 
-HERE = os.path.dirname(os.path.abspath(__file__))
 NEW_TOKENS = 250
 WORKS = {
     "sample": "one stream, tokens/s",
@@ -198,7 +197,7 @@ def our_work(system, work, model, prompt, options):
         draft, threads = Draft.load(options.out_dir), best_threads(model, 4)
         counts.cost = guess_cost(model, 3, threads) if draft is not None else 0.0
     else:
-        join(model.to(device, DTYPES[kind]))
+        join_qkv(model.to(device, DTYPES[kind]))
 
     def guessed():
         how = dict(sampling=Sampling(**HOW), counts=counts, reader=Reader(model, threads=threads))

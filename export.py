@@ -26,6 +26,7 @@ from typing import Optional
 import torch
 
 from checkpoint import METRICS, gpt2_tokenizer, load_model, load_state, read_metrics
+from lighten import to_int8
 from model import GPT
 from modern import Modern
 from tokenizer import CharTokenizer
@@ -107,12 +108,6 @@ def page_tensors(model):
         parts = [tensors.pop(name.replace("c_q", part)) for part in ("c_q", "c_k", "c_v")]
         tensors[name.replace("c_q", "c_attn")] = torch.cat(parts)
     return tensors
-
-
-def to_int8(matrix):
-    """(out, in) float32 -> whole numbers from -127 to 127 (out, in) and a scale for each row (out, 1)."""
-    scale = matrix.abs().amax(dim=1, keepdim=True).clamp(min=1e-12) / 127
-    return (matrix / scale).round().to(torch.int8), scale
 
 
 def rounded(model, how):

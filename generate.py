@@ -40,8 +40,8 @@ class Visible:
     def mask(self, T, S, k):
         """What is added to the scores of S positions for each of the last T: 0, or -inf where it may not look.
 
-        (T, S), or with padding (B, 1, T, S), of the type and on the device of k; None where no mask is needed, because
-        a token sees all up to its own and there is but one, or no other was read before them.
+        (T, S), or with padding (B, 1, T, S), of the type and on the device of k. None where model.attention needs none:
+        for a single token, which sees all, and where no token was read before these T.
         """
         if self.pad is None and T in (1, S):
             return None
@@ -196,6 +196,10 @@ class Reader:
             self.cache = KVCache(self.model.config, pad)
         else:
             self.cache.clear(pad)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Measured on the machine at hand: on how many threads to read, and what a guess costs
 
 
 SLOW = 0.05  # seconds of a pass, from which on a model is for all threads

@@ -66,8 +66,14 @@ class Float16Linear(nn.Module):
         return torch.ops.quantized.linear_dynamic_fp16(x, self.packed)
 
 
+def to_int8(matrix):
+    """(out, in) float32 -> whole numbers from -127 to 127 (out, in) and a scale for each row (out, 1)."""
+    scale = matrix.abs().amax(dim=1, keepdim=True).clamp(min=1e-12) / 127
+    return (matrix / scale).round().to(torch.int8), scale
+
+
 class Int8Linear(nn.Module):
-    """A Linear whose rows are whole numbers from -127 to 127, each row times a scale of its own (absmax, per channel).
+    """A Linear whose rows are whole numbers, each row times a scale of its own (absmax, per channel).
 
     The product is a kernel of PyTorch's that turns the whole numbers into bfloat16 on the way to the registers. It is
     made for a few tokens: of many, as in a prompt, a CPU without bfloat16 is faster to turn all weights into float32.
@@ -77,9 +83,8 @@ class Int8Linear(nn.Module):
 
     def __init__(self, weight, bias):
         super().__init__()
-        scale = weight.abs().amax(dim=1, keepdim=True).clamp(min=1e-12) / 127  # (out, 1)
-        self.weight, self.scale = (weight / scale).round().to(torch.int8), scale[:, 0].bfloat16()
-        self.bias = bias
+        self.weight, scale = to_int8(weight)
+        self.scale, self.bias = scale[:, 0].bfloat16(), bias
         self.many = math.inf if has_bfloat16(weight.device) else self.MANY
 
     def forward(self, x):
@@ -93,7 +98,7 @@ class Int8Linear(nn.Module):
 
 
 @torch.no_grad()
-def join(model):
+def join_qkv(model):
     """Make modern.py's three matrices for queries, keys and values one, in place, which need not be joined each time.
 
     Returns the model, which can then write and be measured, but no longer be saved.
@@ -124,7 +129,7 @@ def lighten(model, how):
         raise UserError(f"--quantize int8: needs PyTorch 2.3 or newer, not {torch.__version__}; use --dtype bfloat16")
     if how == "int8" and any(linear.in_features % 16 for linear in linears):  # the kernel reads 16 numbers at once
         raise UserError("--quantize int8: needs an n_embd that is a multiple of 16; use --dtype bfloat16")
-    join(model)
+    join_qkv(model)
     del linears  # so that the memory of each is free once it has been replaced
     places = [(m, name) for m in model.modules() for name, child in m.named_children() if isinstance(child, nn.Linear)]
 

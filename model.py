@@ -92,8 +92,8 @@ class CausalSelfAttention(nn.Module):
 def attention(q, k, v, dropout=0.0, mask=None):
     """softmax(q k^T / sqrt(D)) v with a causal mask: the last T of S positions look at themselves and what is before.
 
-    q is (B, H, T, D), k and v are (B, H, S, D) with S >= T; returns (B, H, T, D). mask: (T, S) or
-    (B, 1, T, S), true where one of the T may look, or what to add to its scores; generate.py's cache makes it.
+    q is (B, H, T, D), k and v are (B, H, S, D) with S >= T; returns (B, H, T, D). mask: what to add to the scores in
+    place of the causal mask, (T, S) or (B, 1, T, S), -inf where one may not look; generate.py's cache makes it.
 
     PyTorch's fused kernel computes it without keeping the (T, S) scores (Dao et al. 2022, FlashAttention). Only for
     training on a CPU, in bfloat16 or with dropout, is the formula written out the faster of the two, up to 1024
@@ -115,9 +115,8 @@ def attention_written_out(q, k, v, p=0.0):
     B, H, T, D = q.shape
     future = torch.full((T, T), float("-inf"), dtype=q.dtype, device=q.device).triu(1)
     q, k, v = (t.reshape(B * H, T, D) for t in (q, k, v))
-    scores = torch.baddbmm(
-        future, q, k.transpose(1, 2), alpha=1 / math.sqrt(D)
-    )  # (B * H, T, T): future + q k^T / sqrt(D)
+    # (B * H, T, T): future + q k^T / sqrt(D)
+    scores = torch.baddbmm(future, q, k.transpose(1, 2), alpha=1 / math.sqrt(D))
     weights = dropout(F.softmax(scores, dim=-1), p)
     return (weights @ v).view(B, H, T, D)
 

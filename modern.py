@@ -164,10 +164,9 @@ class Modern(nn.Module):
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
         for name, p in self.named_parameters():
+            # Each layer begins as doing nothing, the first guess as undecided (Zhang et al. 2019).
             if name.endswith("c_proj.weight") or name == "lm_head.weight":
-                nn.init.zeros_(
-                    p
-                )  # each layer begins as doing nothing, the first guess as undecided (Zhang et al. 2019)
+                nn.init.zeros_(p)
             elif name.startswith("layers.") and p.dim() == 2:
                 bound = 0.5 * math.sqrt(3 / p.size(1))  # a standard deviation of 0.5 / sqrt(C)
                 nn.init.uniform_(p, -bound, bound)

@@ -41,7 +41,7 @@ from generate import (
     use_threads,
 )
 from graphs import GraphReader
-from lighten import join, lighten, usual_format
+from lighten import join_qkv, lighten, usual_format
 from tokenizer import prompt_tokens, whole_characters
 from utils import UserError, is_out_of_memory, option, parse_options, pick_device, pick_dtype, run_command
 
@@ -156,7 +156,7 @@ def sample(options):
     if device.type == "cpu":
         lighten(model.eval(), options.quantize or options.dtype or usual_format(model))
     else:
-        join(model.to(device, pick_dtype(options.dtype, device)).eval())
+        join_qkv(model.to(device, pick_dtype(options.dtype, device)).eval())
     scribe = Scribe(model, tokenizer, options, device)
     if options.interactive:
         interact(prompt, scribe)
@@ -188,7 +188,7 @@ class Scribe:
         self.sampling = Sampling(
             options.temperature, options.top_k, options.top_p, options.min_p, options.repetition_penalty
         )
-        # Guesses pay where a pass over five tokens takes little longer than one over one: on a CPU, for a single text.
+        # Guesses pay where a pass over four tokens takes little longer than one over one: on a CPU, for a single text.
         guess = (
             options.guesses > 0
             and device.type == "cpu"

@@ -516,8 +516,8 @@ def train_until(at_end, options, given, processes):
         run.step, run.tokens = run.step + 1, run.tokens + x.numel() * processes.world
         bar.update(round(run.seconds) - bar.n if timed else 1)
 
-        time_for_both = run.seconds - last_evaluation > pause if timed else False, run.save_is_due()
-        progress, due, save_is_due = stop.agree(run.progress(), *time_for_both)
+        long_ago = timed and run.seconds - last_evaluation > pause
+        progress, due, save_is_due = stop.agree(run.progress(), long_ago, run.save_is_due())
         due = due and progress < 0.95 if timed else run.step % options.eval_interval == 0
         run.due = bool(due) or progress == 1
         if run.step % options.log_interval == 0 or run.step == 1 or run.due or stop.number is not None:

@@ -181,7 +181,7 @@ def test_the_table_of_speed(command, device, monkeypatch):  # noqa: F811
     first = rows[0]  # ours, training: in rounds 1 to 3
     step = len([row for row in rows if row["system"] == "ours"])
     assert [first[k] for k in ("lowest", "tokens_per_s", "highest")] == [100, 100 + step, 100 + 2 * step]
-    config = bench.model_config(bench.SETTINGS[first["setting"]])
+    config = plan.make_config(bench.SETTINGS[first["setting"]], 65)
     assert first["share_of_peak"] == pytest.approx(first["tokens_per_s"] * bench.GPT(config).flops_per_token() / 1e12)
     assert f"{first['tokens_per_s'] / 50:.1f} x" in result.out and "7 MB" in result.out
 

@@ -38,7 +38,7 @@ from generate import (
     use_threads,
 )
 from graphs import GraphReader
-from lighten import has_float16, join, lighten, usual_format
+from lighten import has_float16, join_qkv, lighten, usual_format
 from tokenizer import CharTokenizer
 from utils import UserError
 
@@ -445,7 +445,7 @@ def test_int8_multiplies_many_tokens_as_it_does_few(make, monkeypatch, bfloat16)
     torch.testing.assert_close(light(x[:1]), expected[:1], atol=0.02, rtol=0.01)
 
 
-@pytest.mark.parametrize("prepare", [join, lambda model: lighten(model, "float32")])
+@pytest.mark.parametrize("prepare", [join_qkv, lambda model: lighten(model, "float32")])
 @pytest.mark.parametrize("arch", ARCHS)
 def test_a_model_prepared_in_float32_has_the_same_logits_with_fewer_matrices(make, arch, prepare):
     model, idx = make(arch), tokens(2, 8)
