@@ -114,7 +114,7 @@ class TrainOptions:
     n_embd: int = option(384, "channels (embedding dimension), a multiple of n_head", at_least=1)
     block_size: int = option(256, "context length in tokens", at_least=1)
     dropout: float = option(0.2, "share of activations switched off while training", at_least=0, below=1)
-    bias: bool = option(True, "biases in the linear layers and LayerNorms, as in GPT-2")
+    bias: bool = option(True, "biases in the linear layers and LayerNorms, as in GPT-2; modern: none")
     # training
     batch_size: int = option(64, "windows of block_size tokens in each step", at_least=1)
     gradient_accumulation_steps: int = option(1, "batches to add up before each update of the weights", at_least=1)
@@ -131,7 +131,9 @@ class TrainOptions:
     grad_clip: float = option(1.0, "largest norm of the gradient; 0 switches clipping off", at_least=0)
     seed: int = option(1337, "for initial weights, batches and dropout", at_least=0)
     # reports
-    eval_interval: int = option(500, "steps between evaluations, each of which saves the run", at_least=1)
+    eval_interval: int = option(
+        500, "steps between evaluations, each of which saves the run; in a run of minutes the clock decides", at_least=1
+    )
     eval_iters: int = option(200, "most batches in an evaluation; a val split of fewer is read whole", at_least=1)
     log_interval: int = option(10, "steps between lines in metrics.jsonl", at_least=1)
     sample_interval: int = option(0, "steps between short samples printed while training; 0 for none", at_least=0)

@@ -139,6 +139,8 @@ class _Parser(argparse.ArgumentParser):
         known, unknown = self.parse_known_args(argv)
         if unknown:
             name = unknown[0].split("=")[0]
+            if not name.startswith("-"):
+                self.error(f"{unknown[0]}: belongs to no flag; put quotes around a value with spaces or with a *")
             near = difflib.get_close_matches(name, self._option_string_actions, n=1)
             self.error(f"unknown flag {name}" + (f"; did you mean {near[0]}?" if near else "; --help lists them all"))
         return known

@@ -678,7 +678,7 @@ BAD_TRAINING = [
     ("--dtype float64", "--dtype: wants one of float32, bfloat16, float16"),
     ("--compile perhaps", "--compile: wants True or False, not 'perhaps'"),
     ("--banana 3", "unknown flag --banana"),
-    ("stray", "unknown flag stray"),
+    ("stray", "stray: belongs to no flag"),
     ("--out_dir text.txt", "--out_dir text.txt: cannot be written"),
     ("--out_dir text.txt/below", "--out_dir text.txt/below: cannot be written"),
     ("--out_dir=", "--out_dir: is empty"),

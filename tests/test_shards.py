@@ -613,7 +613,7 @@ def test_the_remedy_works_as_it_is_printed(command, tmp_path):  # noqa: F811
         ("banana", "banana: give prepare or check"),
         ("prepare", "the following arguments are required: SOURCE, OUT"),
         ("prepare text.txt", "the following arguments are required: OUT"),
-        ("prepare text.txt out stray", "unknown flag stray"),
+        ("prepare text.txt out stray", "stray: belongs to no flag; put quotes around a value with spaces or with a *"),
         ("prepare missing.txt out", "missing.txt: cannot be read (No such file"),
         ("prepare text.txt text.txt", "text.txt: cannot be written (File exists)"),
         ("prepare text.txt out --tokenizer bpe:7", "--tokenizer bpe:7: wants bpe: and a number"),

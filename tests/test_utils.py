@@ -100,7 +100,8 @@ def test_negative_numbers_and_values_that_begin_with_a_dash_are_not_taken_for_fl
         (["--nam", "x"], "unknown flag --nam; did you mean --name?"),
         (["--sizes=3"], "unknown flag --sizes; did you mean --size?"),
         (["--banana"], "unknown flag --banana; --help lists them all"),
-        (["stray"], "unknown flag stray"),
+        (["stray"], "stray: belongs to no flag; put quotes around"),
+        (["--name", "two", "words=2"], "words=2: belongs to no flag"),
     ],
 )
 def test_what_does_not_fit_is_refused_with_the_flag_the_rule_and_the_value(argv, words):
