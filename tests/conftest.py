@@ -8,6 +8,7 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 import pytest
 import torch
 from hypothesis import settings
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from model import GPT, GPTConfig
 
@@ -22,6 +23,16 @@ settings.load_profile("repeatable")
 def same_dice():
     """Each test draws the same numbers, whatever ran before it in its process."""
     torch.manual_seed(0)
+
+
+class OnMeta(TorchDispatchMode):
+    """Every tensor lies on PyTorch's "meta", where only shapes and types are computed: no CPU, in want of a GPU."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        made = function(*args, **(kwargs or {}))
+        tensors = made if isinstance(made, (tuple, list)) else [made]
+        assert all(t.is_meta for t in tensors if isinstance(t, torch.Tensor)), f"{function} made a tensor on the CPU"
+        return made
 
 
 @pytest.fixture(scope="session")

@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import OnMeta
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
@@ -503,6 +504,21 @@ def test_on_a_gpu_no_step_waits_for_the_numbers_that_decide_whether_it_counts(ar
     weights = [p.detach().clone() for p in learner.weights]
     learner.update(torch.tensor(False, device=device))
     assert all(map(torch.equal, weights, learner.weights))
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_all_that_a_step_makes_lies_on_the_device_of_the_model(arch, checkpointing, monkeypatch):
+    monkeypatch.setattr(torch.optim.AdamW, "_step_supports_amp_scaling", True, raising=False)
+    monkeypatch.setattr(torch.optim.AdamW, "step", lambda self: None)
+    options = make_options(arch=arch, dropout=0.1, gradient_accumulation_steps=2)
+    model = plan.build_model(options, VOCAB).to("meta").train()
+    model.gradient_checkpointing = checkpointing
+    learner = Learner(model, options, torch.device("meta"), torch.float32)
+    for x, y in make_batch(options, steps=2):
+        x, y = x.to("meta"), y.to("meta")
+        with OnMeta():
+            learner.step(x, y, 1.0)
 
 
 READS = [getattr(torch.ops.aten, name) for name in ("_local_scalar_dense", "nonzero", "is_nonzero", "equal")]

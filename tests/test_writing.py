@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import OnMeta
 from test_cli import assert_refused, command  # noqa: F401
 from test_generate import Table, tokens
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -162,6 +163,19 @@ def test_a_step_that_is_recorded_writes_the_same_text_and_reads_no_number_on_the
     assert torch.equal(found, written(generate(model, idx, 40, temperature=0, pad=pad)))
     waits = ("_local_scalar_dense", "nonzero", "equal", "lift_fresh")  # of a CUDA graph none may be part
     assert not [operation for operation in reader.operations if any(word in operation for word in waits)]
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("pad", [None, [0, 2, 4]])
+@pytest.mark.parametrize("kind", [Reader, GraphReader])
+def test_all_that_writing_makes_lies_on_the_device_of_the_model(make, arch, pad, kind):
+    model = join_qkv(make(arch).to("meta", torch.float16))
+    pad = None if pad is None else torch.tensor(pad, device="meta")
+    reader, text = kind(model, pad=pad), torch.zeros(3, 5, dtype=torch.int64, device="meta")
+    with torch.inference_mode(), OnMeta():
+        for grow in (2, 1, 1, 1, 1, 1):
+            probs = Sampling(0.8, 3, 0.9, 0.1, 1.2).probs(reader.next_logits(text), text)
+            text = torch.cat([text, torch.multinomial(probs, grow)], 1)
 
 
 @pytest.mark.parametrize("arch", ARCHS)
