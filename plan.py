@@ -191,6 +191,15 @@ def check_windows(options, processes):
         )
 
 
+def check_checkpointing(options, device):
+    """Raises UserError on an Apple GPU with dropout: computing again, PyTorch there drops others (its issue 127676)."""
+    if options.gradient_checkpointing and options.dropout > 0 and device.type == "mps":
+        raise UserError(
+            f"--gradient_checkpointing: on an Apple GPU its gradients would be wrong with --dropout {options.dropout}; "
+            f"add --dropout 0, or leave it out"
+        )
+
+
 def begin(options, given, device, dtype, processes=ALONE):
     """The model and text of a new run. Returns (options, model, data), the same for all processes."""
     if options.init_from is not None:

@@ -52,6 +52,7 @@ from generate import generate
 from optim import Learner, lr_share
 from plan import (
     begin,
+    check_checkpointing,
     check_directory,
     check_windows,
     evaluation_seconds,
@@ -449,6 +450,7 @@ def train_until(at_end, options, given, processes):
         options, model, data = begin(options, given, device, dtype, processes)
     check_windows(options, processes.world)
     check_shard(options, dtype)
+    check_checkpointing(options, device)
     batches = data.batches(options.batch_size * options.gradient_accumulation_steps, options.block_size, options.seed)
     model.gradient_checkpointing = options.gradient_checkpointing
     model.to(device).train()

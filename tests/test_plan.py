@@ -20,7 +20,15 @@ from data import load_data
 from model import GPTConfig
 from modern import ModernConfig
 from optim import Learner
-from plan import check_memory, for_minutes, matmul_peak, maybe_compile, seconds_per_token, smaller_setting
+from plan import (
+    check_checkpointing,
+    check_memory,
+    for_minutes,
+    matmul_peak,
+    maybe_compile,
+    seconds_per_token,
+    smaller_setting,
+)
 from utils import UserError, parse_options
 
 CPU = torch.device("cpu")
@@ -253,6 +261,13 @@ def make_learner(make_model, dtype=torch.float32, **changes):
 def windows(rows=4, T=8):
     tokens = torch.randint(11, (rows, T + 1), generator=torch.Generator().manual_seed(0))
     return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+
+
+def test_dropout_that_an_apple_gpu_would_draw_anew_in_the_backward_pass_is_refused():
+    for device, on, dropout in (("mps", True, 0.0), ("mps", False, 0.2), ("cpu", True, 0.2), ("cuda", True, 0.2)):
+        check_checkpointing(train.TrainOptions(gradient_checkpointing=on, dropout=dropout), torch.device(device))
+    with pytest.raises(UserError, match=r"--gradient_checkpointing: on an Apple GPU .* --dropout 0.2; add --dropout 0"):
+        check_checkpointing(train.TrainOptions(gradient_checkpointing=True), torch.device("mps"))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
