@@ -22,7 +22,8 @@ def build_optimizers(model, options, device):
     """
     adamw = dict(lr=options.learning_rate, betas=(options.beta1, options.beta2))
     version = tuple(int(part) for part in torch.__version__.split(".")[:2])
-    if device.type == "cuda" or (device.type == "cpu" and version >= (2, 4)):
+    since = dict(cuda=(2, 1), cpu=(2, 4)).get(device.type)  # a GPU's in 2.0.0 does not heed found_inf (Learner.update)
+    if since is not None and version >= since:
         adamw["fused"] = True
     if options.arch == "modern":
         if not hasattr(torch.optim, "Muon"):

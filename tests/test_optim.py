@@ -416,6 +416,17 @@ def test_no_gradient_is_left_over_for_the_next_step(arch, dtype):
     assert all(p.grad is None for p in [*learner.model.parameters(), *learner.worker.parameters()])
 
 
+@pytest.mark.parametrize(
+    "device, version, fused",
+    [("cuda", "2.0.0+cu118", None), ("cuda", "2.1.0", True), ("cpu", "2.3.1", None), ("cpu", "2.10.0+cpu", True)],
+)
+def test_adamw_is_fused_where_its_kernel_skips_bad_steps(monkeypatch, device, version, fused):
+    monkeypatch.setattr(torch, "__version__", version)
+    options = make_options()
+    (adamw,) = build_optimizers(plan.build_model(options, VOCAB), options, torch.device(device))
+    assert [group["fused"] for group in adamw.param_groups] == [fused, fused]
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The gradient scaler of float16
 
@@ -778,7 +789,7 @@ def test_the_formula_is_written_out_only_where_it_is_the_faster(
     monkeypatch, T, dtype, requires_grad, rate, written_out
 ):
     calls = []
-    monkeypatch.setattr(model_file, "attention_written_out", lambda q, k, v, p: calls.append(p) or v)
+    monkeypatch.setattr(model_file, "attention_written_out", lambda q, k, v, p, mask: calls.append(p) or v)
     attention(*qkv(T, dtype, requires_grad), rate)
     assert calls == ([rate] if written_out else [])
 
