@@ -178,7 +178,8 @@ def layer_bytes(config, place):
         channel = 14 * item + 2 * place.stream
     channel += 2 * place.mask if dropped else 0
     scores = 0
-    if place.device.type == "cpu" and (item == 2 or dropped) and config.block_size <= 1024:
+    on_cpu = place.device.type == "cpu" and (item == 2 or dropped) and config.block_size <= 1024
+    if on_cpu or place.device.type == "mps":
         scores = config.n_head * config.block_size * item * (3 if dropped else 1)
     return C * channel + scores
 

@@ -97,12 +97,13 @@ def attention(q, k, v, dropout=0.0, mask=None):
 
     PyTorch's fused kernel computes it without keeping the (T, S) scores (Dao et al. 2022, FlashAttention). Only for
     training on a CPU, in bfloat16 or with dropout, is the formula written out the faster of the two, up to 1024
-    positions; they agree to rounding.
+    positions; they agree to rounding. On an Apple GPU, whose fused kernels keep the scores too and were wrong in
+    several versions (PyTorch's issues 163597, 174861, 195910), it is always written out.
     """
     T, S = q.size(2), k.size(2)
     written_out_is_faster = q.device.type == "cpu" and (q.dtype == torch.bfloat16 or dropout > 0) and T <= 1024
-    if T == S and q.requires_grad and written_out_is_faster:
-        return attention_written_out(q, k, v, dropout)
+    if q.device.type == "mps" or (T == S and q.requires_grad and written_out_is_faster):
+        return attention_written_out(q, k, v, dropout, mask)
     if T == S and mask is None:
         return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
     if T > 1 and mask is None:  # a single query sees all
@@ -110,13 +111,17 @@ def attention(q, k, v, dropout=0.0, mask=None):
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
 
 
-def attention_written_out(q, k, v, p=0.0):
-    """The formula itself, for T == S: all scores, those of the future at minus infinity, softmax, weighted mean."""
+def attention_written_out(q, k, v, p=0.0, mask=None):
+    """The formula itself: all scores, those of the future at minus infinity, softmax, weighted mean."""
     B, H, T, D = q.shape
-    future = torch.full((T, T), float("-inf"), dtype=q.dtype, device=q.device).triu(1)
-    q, k, v = (t.reshape(B * H, T, D) for t in (q, k, v))
-    # (B * H, T, T): future + q k^T / sqrt(D)
-    scores = torch.baddbmm(future, q, k.transpose(1, 2), alpha=1 / math.sqrt(D))
+    S = k.size(2)
+    if mask is None:
+        mask = torch.full((T, S), float("-inf"), dtype=q.dtype, device=q.device).triu(1 + S - T)
+    elif mask.dim() == 4:
+        mask = mask.expand(B, H, T, S).reshape(B * H, T, S)
+    q, k, v = (t.reshape(B * H, -1, D) for t in (q, k, v))
+    # (B * H, T, S): mask + q k^T / sqrt(D)
+    scores = torch.baddbmm(mask, q, k.transpose(1, 2), alpha=1 / math.sqrt(D))
     weights = dropout(F.softmax(scores, dim=-1), p)
     return (weights @ v).view(B, H, T, D)
 

@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 import model as model_file
 from checkpoint import TRANSPOSED, save_model
-from model import GPT, GPTConfig, attention
+from model import GPT, GPTConfig, attention, attention_written_out
 from tokenizer import CharTokenizer
 
 TEXT = 'The "miller" said:\n\n  "Dry."\tÄpfel & Öl, naïve café — 3 € … 東京 🙂\r\n'
@@ -115,15 +116,34 @@ def test_auto_tokenizer_knows_how_long_a_text_may_be(make_model, tmp_path):
 # Attention
 
 
+@pytest.mark.parametrize("function", [attention, attention_written_out])
 @pytest.mark.parametrize("training", [True, False], ids=["with gradients", "without"])
 @pytest.mark.parametrize("T, S", [(7, 7), (3, 7), (1, 7), (1, 1), (600, 600)])
-def test_attention_equals_the_formula_written_out(T, S, training):
+def test_attention_equals_the_formula(T, S, training, function):
     generator = torch.Generator().manual_seed(0)
     q = torch.randn(2, 3, T, 5, dtype=torch.float64, generator=generator).requires_grad_(training)
     k, v = torch.randn(2, 2, 3, S, 5, dtype=torch.float64, generator=generator)
     scores = q @ k.transpose(-2, -1) / math.sqrt(5)
     scores = scores.masked_fill(~torch.ones(T, S).bool().tril(S - T), float("-inf"))
-    torch.testing.assert_close(attention(q, k, v), F.softmax(scores, dim=-1) @ v, rtol=0, atol=1e-12)
+    torch.testing.assert_close(function(q, k, v), F.softmax(scores, dim=-1) @ v, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("shape", [(3, 7), (2, 1, 3, 7)], ids=str)
+@pytest.mark.parametrize("function", [attention, attention_written_out])
+def test_a_mask_says_where_one_may_look(shape, function):
+    q, (k, v) = torch.randn(2, 3, 3, 5), torch.randn(2, 2, 3, 7, 5)
+    mask = torch.where(torch.rand(shape) < 0.5, 0.0, float("-inf"))
+    mask[..., 0] = 0.0  # somewhere
+    weights = F.softmax(q @ k.transpose(-2, -1) / math.sqrt(5) + mask, dim=-1)
+    assert (weights == 0).any()
+    torch.testing.assert_close(function(q, k, v, 0.0, mask), weights @ v)
+
+
+def test_on_an_apple_gpu_the_formula_is_written_out(monkeypatch):
+    apple = SimpleNamespace(type="mps")
+    q = SimpleNamespace(size=lambda _: 7, device=apple, dtype=torch.float32, requires_grad=False)
+    monkeypatch.setattr(model_file, "attention_written_out", lambda *inputs: inputs)
+    assert attention(q, q, q, 0.2, "mask") == (q, q, q, 0.2, "mask")
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["with gradients", "without"])
