@@ -17,6 +17,7 @@ from data import load_data
 from distributed import ALONE
 from model import GPT, GPTConfig
 from modern import Modern, ModernConfig
+from shards import MANIFEST
 from tokenizer import OtherTokenizer, UnknownCharacters, load_tokenizer, tokenizer_hash
 from utils import UserError, memory_of, same_dice
 
@@ -52,6 +53,8 @@ def check_directory(options, lock):
         raise UserError("--out_dir: is empty; name a directory")
     if options.resume and options.fresh:
         raise UserError("--resume and --fresh: give one of the two")
+    if not options.resume and os.path.isfile(os.path.join(options.out_dir, MANIFEST)):
+        raise UserError(f"--out_dir {options.out_dir}: holds a prepared text; name another directory")
     if not holds_run(options.out_dir):
         return
     try:

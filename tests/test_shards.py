@@ -74,6 +74,13 @@ def test_byte_pairs_are_those_of_the_text_in_memory(small_pieces, source, tmp_pa
     assert torch.equal(on_disk.train[:], in_memory.train.long())
 
 
+def test_a_run_does_not_write_over_a_prepared_text(command, out):  # noqa: F811
+    before = contents(out)
+    for more in ([], ["--fresh"]):
+        assert_refused(command(train, "--out_dir", out, *TINY, *more), f"--out_dir {out}: holds a prepared text")
+    assert contents(out) == before
+
+
 @pytest.mark.parametrize("tokenizer", ["chars", "bytes", "bpe:300"])
 def test_a_prepared_text_has_the_tokens_of_the_text_in_memory(small_pieces, source, tmp_path, tokenizer):
     prepare(source, str(tmp_path / "out"), tokenizer, processes=1, shard_tokens=3000)
