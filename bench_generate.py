@@ -194,7 +194,7 @@ def our_work(system, work, model, prompt, options):
     draft = threads = None
     if device.type == "cpu":
         lighten(model, kind)
-        draft, threads = Draft.load(options.out_dir), best_threads(model, 4)
+        draft, threads = Draft.load(options.out_dir, model.config.vocab_size), best_threads(model, 4)
         counts.cost = guess_cost(model, 3, threads) if draft is not None else 0.0
     else:
         join_qkv(model.to(device, DTYPES[kind]))

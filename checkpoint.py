@@ -38,7 +38,7 @@ from safetensors import SafetensorError, safe_open
 from model import GPT, GPTConfig
 from modern import Modern, ModernConfig
 from sharding import file_sum, write_tensors
-from tokenizer import CharTokenizer, load_tokenizer, save_tokenizer
+from tokenizer import ByteTokenizer, CharTokenizer, load_tokenizer, save_tokenizer
 from utils import UserError, missing_extra, sync_directory, write_atomically, write_json
 
 METRICS = "metrics.jsonl"
@@ -56,7 +56,7 @@ def _read_json(path):
     try:
         with open(path, encoding="utf-8") as f:
             content = json.load(f)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: cannot be read as JSON ({error})") from None
     if not isinstance(content, dict):
         raise UserError(f"{path}: does not hold a JSON object")
@@ -252,6 +252,7 @@ def load_model(path_or_name, block_size=None, dropout=None):
         raise UserError(
             f"{path_or_name}: its tokenizer has {tokenizer.vocab_size} tokens, its model only {config.vocab_size}"
         )
+    _check_sizes(path_or_name, config, weights)
     if isinstance(config, ModernConfig):
         model = Modern(config)
     else:
@@ -261,12 +262,34 @@ def load_model(path_or_name, block_size=None, dropout=None):
         model.load_state_dict(weights)
     except RuntimeError as error:
         raise UserError(f"{path_or_name}: its weights do not fit its own config ({_first_problem(error)})") from None
-    if isinstance(tokenizer, CharTokenizer) and tokenizer.vocab_size < config.vocab_size:  # that of another run
+    ours = isinstance(tokenizer, (CharTokenizer, ByteTokenizer))
+    if ours and tokenizer.vocab_size < config.vocab_size:  # that of another run
+        kind = "characters" if isinstance(tokenizer, CharTokenizer) else "bytes"
         raise UserError(
-            f"{path_or_name}: its tokenizer has {tokenizer.vocab_size} characters, its model {config.vocab_size}; "
+            f"{path_or_name}: its tokenizer has {tokenizer.vocab_size} {kind}, its model {config.vocab_size}; "
             f"put back the tokenizer.json of the run that trained it"
         )
     return model, tokenizer
+
+
+def _check_sizes(path, config, weights):
+    """Raises UserError where weights are of no use, or of other sizes than their config: before a model of those sizes,
+    which may be absurd, is made."""
+    modern = isinstance(config, ModernConfig)
+    tables = {"wte.weight" if modern else "transformer.wte.weight": (config.vocab_size, config.n_embd)}
+    if not modern:
+        tables["transformer.wpe.weight"] = (config.block_size, config.n_embd)
+    shapes = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+    problems = [
+        f"{name} is {shapes.get(name)}, not {size}" for name, size in tables.items() if shapes.get(name) != size
+    ]
+    if config.n_layer > len(weights):
+        problems.append(f"{len(weights)} tensors are too few for {config.n_layer} layers")
+    if problems:
+        raise UserError(f"{path}: its weights do not fit its own config ({problems[0]})")
+    for name, tensor in weights.items():
+        if not math.isfinite(tensor.sum(dtype=torch.float64)):
+            raise UserError(f"{path}: its weights hold infinities or NaN ({name}); restore them or train again")
 
 
 def _first_problem(error):
@@ -635,9 +658,10 @@ def read_metrics(path, say=False):
         lines = [line for line in f if line.endswith(b"\n")]  # a last line that was cut off is none
     metrics = []
     for line in lines:
-        with contextlib.suppress(ValueError):
+        with contextlib.suppress(ValueError, TypeError, OverflowError, RecursionError):
             metric = json.loads(line)
-            if isinstance(metric, dict) and isinstance(metric.get("step"), int):
+            numbers = isinstance(metric, dict) and all(map(math.isfinite, metric.values()))
+            if numbers and isinstance(metric.get("step"), int):
                 metrics.append(metric)
     if say and len(metrics) < len(lines):
         print(f"{path}: {len(lines) - len(metrics)} of its {len(lines)} lines are damaged, and left out")
@@ -664,7 +688,7 @@ class Lock:
 
     def take(self, directory):
         """Lock the directory, in place of one that was locked before. Raises UserError where another run holds it."""
-        file = open(os.path.join(directory, LOCK), "a+", encoding="utf-8")  # noqa: SIM115
+        file = open(os.path.join(directory, LOCK), "a+", encoding="utf-8", errors="surrogateescape")  # noqa: SIM115
         if self.file is not None and os.path.samestat(os.fstat(file.fileno()), os.fstat(self.file.fileno())):
             file.close()
             return

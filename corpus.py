@@ -62,9 +62,10 @@ def find_files(source):
     """The files of a source that is a file, a directory or a glob, in the order in which they are read."""
     if os.path.isdir(source):
         found = []
-        for directory, below, names in os.walk(source):
+        for directory, below, names in os.walk(source, onerror=_refuse_directory):
             below[:] = sorted(name for name in below if not name.startswith("."))
             found += [os.path.join(directory, name) for name in names if name.endswith(KINDS) and name[0] != "."]
+        found = [path for path in found if os.path.isfile(path) or not os.path.exists(path)]  # no pipes: they may wait
         found.sort(key=lambda path: path.split(os.sep))
     elif os.path.lexists(source) or not glob.has_magic(source):
         return [source]
@@ -118,6 +119,10 @@ def _blocks(path, read):
             except OSError as error:
                 raise _unreadable(path, error) from None
             yield block
+
+
+def _refuse_directory(error):
+    raise UserError(f"{error.filename}: cannot be read ({error.strerror}); allow it, or move it elsewhere")
 
 
 def _unreadable(path, error):

@@ -299,7 +299,7 @@ class PrepareOptions:
     out: str = argument("the directory to write; one that was begun is gone on with")
     tokenizer: str = option("chars", KINDS)
     field: str = option("text", "field of .jsonl files, or column of tables, with the text")
-    processes: Optional[int] = option(None, "processes that tokenize (default: one a core)", at_least=1)
+    processes: Optional[int] = option(None, "processes that tokenize (default: one a core)", at_least=1, below=1000)
     shard_tokens: int = option(SHARD_TOKENS, "tokens in a file, about", at_least=1)
 
 

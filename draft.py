@@ -65,8 +65,9 @@ class Draft:
         write_atomically(os.path.join(directory, FILE), write)
 
     @classmethod
-    def load(cls, directory):
-        """The draft saved in a directory; None where there is none. Raises UserError where it is damaged."""
+    def load(cls, directory, vocab_size):
+        """The draft saved in a directory; None where there is none. Raises UserError where it is damaged, or guesses
+        tokens that the model does not have."""
         from safetensors.torch import load_file
 
         path = os.path.join(directory, FILE)
@@ -74,7 +75,9 @@ class Draft:
             return None
         try:
             content = load_file(path)
-            parts = [(content[f"contexts.{n}"].tolist(), content[f"tokens.{n}"].tolist()) for n in ORDERS]
+            parts = [(content[f"contexts.{n}"].tolist(), content[f"tokens.{n}"].long().tolist()) for n in ORDERS]
+            if not all(token in range(vocab_size) for _, tokens in parts for token in set(tokens)):
+                raise ValueError("it is of another model")
         except Exception as error:  # safetensors has a kind of its own for each fault
             raise UserError(f"{path}: is damaged ({error}); delete it, writing goes on without guesses") from None
         return cls([dict(zip(*part)) for part in parts])

@@ -61,7 +61,7 @@ def main(argv):
 def write_page(options):
     """Export as the options say. Returns the exit status 0."""
     page, chosen = page_of(*load_model(options.out_dir), options, training_facts(options.out_dir))
-    page = page.encode()
+    page = page.encode(errors="replace")  # a file's name may have half a surrogate
     path = options.html or os.path.join(options.out_dir if os.path.isdir(options.out_dir) else "", "model.html")
 
     def write(temporary):

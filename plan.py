@@ -347,7 +347,7 @@ def for_minutes(minutes, tokens, device, dtype, peak=None):
     """
     peak = peak or matmul_peak(device, dtype)
     work = peak * minutes * 60
-    sizes = next(dict(sizes) for most, sizes in SIZES if work < most)
+    sizes = next(dict(sizes) for most, sizes in SIZES if work <= most)
     while sizes["block_size"] > 8 and sizes["block_size"] * 8 > tokens:  # a very short text
         sizes["block_size"] //= 2
     weights = 12 * sizes["n_layer"] * sizes["n_embd"] ** 2

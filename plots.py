@@ -14,7 +14,7 @@ from matplotlib.font_manager import FontProperties, findfont, get_font
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator
 
-from utils import UserError
+from utils import UserError, write_atomically
 
 BLUE, ORANGE, GREEN, RED, PINK, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#7F7F7F"
 SKY = "#56B4E9"
@@ -52,9 +52,10 @@ def loss_curve(metrics, title="loss, in nats per token"):
 
 def save_picture(figure, path):
     """Write a figure to the path of a command's --out. Raises UserError where it cannot be written."""
+    kind = os.path.splitext(path)[1][1:] or "png"
     try:
-        figure.savefig(path, dpi=120, format=os.path.splitext(path)[1][1:] or "png")
-    except (OSError, ValueError) as error:  # no such directory; no such picture format
+        write_atomically(path, lambda temporary: figure.savefig(temporary, dpi=120, format=kind))
+    except (OSError, ValueError, RuntimeError) as error:  # no such directory; no such picture format, or no TeX for it
         raise UserError(f"--out {path}: cannot be written ({error}); name a .png in a directory that exists") from None
     print(f"picture: {path}")
 

@@ -91,6 +91,11 @@ def main(argv):
     try:
         return sample(options)
     except (RuntimeError, MemoryError) as error:
+        if "probability tensor" in str(error):  # torch.multinomial's, on a CPU
+            raise UserError(
+                f"--out_dir {options.out_dir}: its model computes infinities or NaN, of which nothing can be drawn; "
+                f"restore its weights or train again"
+            ) from None
         if not is_out_of_memory(error):
             raise
         raise UserError("out of memory; lower --num_beams or --num_samples, or write with a smaller model") from None
@@ -195,7 +200,7 @@ class Scribe:
             and options.num_samples == options.num_beams == 1
             and not options.probs
         )
-        self.draft = Draft.load(options.out_dir) if guess else None
+        self.draft = Draft.load(options.out_dir, model.config.vocab_size) if guess else None
         at_once = options.num_beams if options.num_beams > 1 else 1 + options.guesses if self.draft else 1
         # Not with a seed: another number of threads rounds otherwise, and with or without guesses other numbers are
         # drawn, which could end in another text.

@@ -220,7 +220,7 @@ def check_name(name):
     """Raises UserError where a name is none of KINDS, before a long text is read for it."""
     kind, _, number = name.partition(":")
     if kind == "bpe":
-        if not number.isdecimal() or not 256 <= int(number) <= 10_000_000:
+        if not number.isdecimal() or len(number) > 8 or not 256 <= int(number) <= 10_000_000:
             raise UserError(f"--tokenizer {name}: wants bpe: and a number of tokens of at least 256, as in bpe:4096")
         library(f"--tokenizer {name}")
     elif name not in ("chars", "bytes", "gpt2") and not os.path.exists(name):
@@ -318,7 +318,7 @@ def _read_tokenizer(path):
                 return CharTokenizer(chars)
         if spec == ByteTokenizer().spec():
             return ByteTokenizer()
-    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OSError, RecursionError) as error:
         raise UserError(f"{path}: is not a tokenizer file ({error}); train again or restore it") from None
     tokenizers = library(f"the tokenizer {path}")
     try:

@@ -107,10 +107,12 @@ class TrainOptions:
     processes: Optional[int] = option(None, "the plan is for so many processes (default: as torchrun says)", at_least=1)
     vocab_size: Optional[int] = option(None, "the plan is for so many different tokens, and needs no text", at_least=1)
     # the one dial
-    minutes: Optional[float] = option(None, "how long to train; chooses every setting not given (plan.py)", above=0)
+    minutes: Optional[float] = option(
+        None, "how long to train; chooses every setting not given (plan.py)", above=0, below=1_000_000
+    )
     # model
     arch: str = option("gpt", "gpt (GPT-2 exactly) or modern (modern.py)", choices=("gpt", "modern"))
-    n_layer: int = option(6, "transformer layers", at_least=1)
+    n_layer: int = option(6, "transformer layers", at_least=1, below=10_000)
     n_head: int = option(6, "attention heads in each layer", at_least=1)
     n_embd: int = option(384, "channels (embedding dimension), a multiple of n_head", at_least=1)
     block_size: int = option(256, "context length in tokens", at_least=1)
@@ -152,7 +154,7 @@ class TrainOptions:
 
 
 def main(argv):
-    outlive_readers()
+    outlive_readers(sys.stdout)
     with job() as processes:
         options, given = parse_options(TrainOptions, argv, "Train a GPT on a text file.")
         with errors_in_words(options):
@@ -472,15 +474,9 @@ def train_until(at_end, options, given, processes):
 
     stop = at_end.enter_context(StopSignal(processes))
     timed = options.minutes is not None
-    total = max(1, round(60 * options.minutes)) if timed else options.max_iters
-
-    def done():
-        """How far the bar is: in seconds, of which a run may take a few too many, or in steps."""
-        return min(total, round(run.seconds)) if timed else run.step
-
     bar = tqdm(  # closed before the last words, and before those of an error
-        total=total,
-        initial=done(),
+        total=round(60 * options.minutes) if timed else options.max_iters,
+        initial=round(run.seconds) if timed else run.step,
         unit="step",
         bar_format="{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} s [{remaining} left{postfix}]" if timed else None,
         dynamic_ncols=True,
@@ -493,7 +489,7 @@ def train_until(at_end, options, given, processes):
     def with_the_clock(batches):
         """The batches of an evaluation, in which the bar of a run with --minutes goes on."""
         for batch in stop.until(batches):
-            bar.update(done() - bar.n)
+            bar.update(round(run.seconds) - bar.n if timed else 0)
             yield batch
 
     if run.first_second is None:
@@ -524,7 +520,7 @@ def train_until(at_end, options, given, processes):
         x, y = batches.batch(run.step, device, processes)
         loss, norm = run.learner.step(x, y, share)
         run.step, run.tokens = run.step + 1, run.tokens + x.numel() * processes.world
-        bar.update(done() - bar.n)
+        bar.update(round(run.seconds) - bar.n if timed else 1)
 
         long_ago = timed and run.seconds - last_evaluation > pause
         progress, due, save_is_due = stop.agree(run.progress(), long_ago, run.save_is_due())

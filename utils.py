@@ -51,41 +51,80 @@ class UserError(Exception):
 
 def run_command(main):
     """Run `main(argv)` as a program: a UserError becomes one line on stderr and exit status 2, Ctrl-C status 130."""
-    program = os.path.basename(sys.argv[0])
     if signal.getsignal(signal.SIGINT) is leave:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+    open_streams()
+    outlive_readers(sys.stderr)
+    _watch(sys.stdout, _name_output)
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # a ? for a character that the terminal's encoding lacks
     try:
         status = main(sys.argv[1:])
+        sys.stdout.flush()  # here a full disk can still be told
     except UserError as error:
-        print(f"{program}: error: {error}", file=sys.stderr)
-        status = 2
+        status = _refuse(error)
     except KeyboardInterrupt:
         signal.signal(signal.SIGINT, leave)  # a second one, while threads that compute are waited for
         status = 130
     except BrokenPipeError:  # the reader of our output left early, as in `python sample.py | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _to_nobody(sys.stdout)
         status = 0
+    except OSError as error:
+        if error.filename != OUTPUT:
+            raise
+        _to_nobody(sys.stdout)
+        status = _refuse(f"{OUTPUT}: cannot be written ({error.strerror}); make room there, or send it elsewhere")
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        status = _refuse("out of memory; take a smaller model or text, or a machine with more")
     sys.exit(status)
 
 
-def outlive_readers():
-    """Let print go on, in vain, where the reader of our output has left (`python train.py | head`): the work is done
-    for what it leaves on disk."""
-    for stream in (sys.stdout, sys.stderr):
-        for name in ("write", "flush"):
-            setattr(stream, name, _to_nobody(getattr(stream, name), stream))
+def _refuse(problem):
+    print(f"{os.path.basename(sys.argv[0])}: error: {problem}", file=sys.stderr)
+    return 2
 
 
-def _to_nobody(function, stream):
-    def call(*args):
-        try:
-            return function(*args)
-        except BrokenPipeError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+OUTPUT = "standard output"
 
-    return call
+
+def open_streams():
+    """Open what was closed when the command was started (`python sample.py >&-`), as if it were /dev/null."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115
+
+
+def outlive_readers(stream):
+    """Let print go on, in vain, where nobody takes our output any more: its reader has left (`python train.py | head`),
+    its terminal is gone, its disk is full. The work is done for what it leaves on disk."""
+    _watch(stream, lambda error: _to_nobody(stream))
+
+
+def _watch(stream, failed):
+    """Call failed(error) where a stream cannot be written."""
+
+    def watched(function):
+        def call(*args):
+            try:
+                return function(*args)
+            except OSError as error:
+                failed(error)
+
+        return call
+
+    for name in ("write", "flush"):
+        setattr(stream, name, watched(getattr(stream, name)))
+
+
+def _to_nobody(stream):
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def _name_output(error):
+    error.filename = error.filename or OUTPUT  # tells it from the errors of other files
+    raise error
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -171,7 +210,7 @@ def _converter(kind, rules):
     if above is not None:
         wants += f" above {above}"
     if high is not None:
-        wants += f"{' and' if low is not None else ''} below {high}"
+        wants += f"{'' if low is None and above is None else ' and'} below {high}"
     if choices is not None:
         wants = "one of " + ", ".join(choices)
 
@@ -310,6 +349,8 @@ def write_atomically(path, write):
     disk when this returns. Raises OSError.
     """
     temporary = f"{path}.tmp"
+    if os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path):
+        return write(path)  # a device or a pipe, whose place a file shall not take
     try:
         write(temporary)
         with open(temporary, "rb+") as f:
@@ -339,7 +380,8 @@ def write_json(path, content):
     """Write content to path as JSON, whole or not at all."""
 
     def write(temporary):
-        with open(temporary, "w", encoding="utf-8") as f:
+        # A name of a file that is no UTF-8 has half surrogates; the backslash makes them what JSON knows too.
+        with open(temporary, "w", encoding="utf-8", errors="backslashreplace") as f:
             json.dump(content, f, ensure_ascii=False, indent=1)
 
     write_atomically(path, write)

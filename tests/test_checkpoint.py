@@ -2,6 +2,7 @@
 
 import errno
 import json
+import math
 import os
 import pickle
 import random
@@ -29,7 +30,7 @@ from checkpoint import (
     state_files,
 )
 from model import GPT
-from tokenizer import CharTokenizer, LibraryTokenizer, save_tokenizer
+from tokenizer import ByteTokenizer, CharTokenizer, LibraryTokenizer, save_tokenizer
 from utils import UserError, write_atomically, write_json
 
 HERE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -355,15 +356,36 @@ def test_a_path_that_is_neither_there_nor_a_name_is_refused(tmp_path):
         (dict(add_cross_attention=True), "has add_cross_attention = True"),
         (dict(n_layer=3), "its weights do not fit its own config (Missing key(s)"),
         (dict(n_layer=1), "its weights do not fit its own config (Unexpected key(s)"),
-        (dict(n_embd=32), "its weights do not fit its own config (size mismatch"),
-        (dict(vocab_size=12), "its weights do not fit its own config (size mismatch"),
-        (dict(n_positions=9), "its weights do not fit its own config (size mismatch"),
+        (dict(n_embd=32), "its weights do not fit its own config (transformer.wte.weight is (11, 16), not (11, 32))"),
+        (dict(vocab_size=12), "its weights do not fit its own config (transformer.wte.weight is (11, 16)"),
+        (dict(vocab_size=10**12), "its weights do not fit its own config (transformer.wte.weight is (11, 16)"),
+        (dict(n_positions=9), "its weights do not fit its own config (transformer.wpe.weight is (8, 16)"),
+        (dict(n_layer=10**9), "its weights do not fit its own config (28 tensors are too few for 1000000000 layers)"),
         (dict(n_head=3), "n_embd 16 is not divisible by n_head 3"),
     ],
 )
 def test_another_architecture_is_refused(saved, changes, words):
     edit_json(saved / "config.json", **changes)
     refused(saved, words)
+
+
+@pytest.mark.parametrize("number", [math.nan, math.inf], ids=str)
+def test_weights_that_are_no_numbers_are_refused(saved, number):
+    weights = load_file(str(saved / "model.safetensors"))
+    weights["transformer.h.1.mlp.c_fc.weight"][3, 5] = number
+    save_file(weights, str(saved / "model.safetensors"))
+    refused(saved, "its weights hold infinities or NaN (transformer.h.1.mlp.c_fc.weight)")
+
+
+def test_a_tokenizer_of_fewer_bytes_than_the_model_has_tokens_is_refused(make_model, tmp_path):
+    save_model(str(tmp_path), make_model(vocab_size=300), ByteTokenizer())
+    refused(tmp_path, "its tokenizer has 256 bytes, its model 300; put back the tokenizer.json")
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json"])
+def test_json_too_deep_to_be_read_is_refused_by_name(saved, name):
+    (saved / name).write_bytes(b"[" * 100_000)
+    refused(saved, name)
 
 
 @pytest.mark.parametrize("value", [..., None, "x", -1, 0, 1.5, 16.0, [], {}], ids=repr)
@@ -672,6 +694,13 @@ def test_the_lock_of_an_owner_that_crashed_is_free_whatever_machine_and_process_
         assert lock_owner(str(tmp_path))["pid"] == os.getpid()
 
 
+def test_a_lock_whose_words_are_damaged_can_be_taken_and_is_left_as_it_was(tmp_path):
+    (tmp_path / "run.lock").write_bytes(b"\xff\xfe{")
+    with Lock() as lock:
+        lock.take(str(tmp_path))
+    assert (tmp_path / "run.lock").read_bytes() == b"\xff\xfe{"
+
+
 def test_a_file_system_without_locks_is_told_and_used(tmp_path, monkeypatch, capsys):
     def refuse(_):
         raise OSError(errno.ENOSYS, "Function not implemented")
@@ -726,7 +755,19 @@ def test_nothing_is_written_into_a_directory_that_is_another_runs_by_now():
 
 
 @pytest.mark.parametrize(
-    "line", [b'{"step": 2\n', b"\0" * 40 + b"\n", b'{"st\xe5p": 2}\n', b'{"stop": 2}\n', b"[2]\n"], ids=repr
+    "line",
+    [
+        b'{"step": 2\n',
+        b"\0" * 40 + b"\n",
+        b'{"st\xe5p": 2}\n',
+        b'{"stop": 2}\n',
+        b"[2]\n",
+        b'{"step": 2, "val_loss": null}\n',
+        b'{"step": 2, "val_loss": NaN}\n',
+        b'{"step": 2, "val_loss": 1' + b"0" * 400 + b"}\n",
+        b"[" * 100_000 + b"\n",
+    ],
+    ids=lambda line: repr(line[:30]),
 )
 def test_damaged_lines_of_the_metrics_are_left_out_and_told(tmp_path, capsys, line):
     path = tmp_path / "metrics.jsonl"

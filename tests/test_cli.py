@@ -268,6 +268,15 @@ def test_a_run_whose_reader_leaves_goes_on_to_its_end(own, tmp_path):
     assert metrics_of(tmp_path / "new")[-1]["step"] == 5
 
 
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs Linux's /dev/full")
+def test_a_run_whose_words_cannot_be_written_goes_on_to_its_end(own, tmp_path):
+    """As where a terminal is closed, or the disk is full that `python train.py > log.txt` writes to."""
+    flags = ["--data", "text.txt", "--out_dir", "new", *TINY, "--max_iters", 5]
+    with open("/dev/full", "w") as full:
+        assert start("train.py", *flags, cwd=tmp_path, stdout=full, stderr=full).wait(300) == 0
+    assert metrics_of(tmp_path / "new")[-1]["step"] == 5
+
+
 @pytest.mark.skipif(os.name == "nt", reason="the search for a compiler is another on Windows")
 def test_without_a_compiler_it_says_so_in_one_line_and_trains(own, tmp_path):
     nothing = {"CXX": "/nonexistent", "CC": "/nonexistent", "PATH": "", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "c")}
@@ -648,8 +657,8 @@ BAD_TRAINING = [
     ("--data short.txt", "--block_size 16: the training text has only 13 tokens"),
     ("--block_size 100000", "--block_size 100000: the training text has only"),
     ("--n_embd 16 --n_head 3", "n_embd 16 is not divisible by n_head 3"),
-    ("--n_layer 0", "--n_layer: wants a whole number of at least 1, not '0'"),
-    ("--n_layer -1", "--n_layer: wants a whole number of at least 1, not '-1'"),
+    ("--n_layer 0", "--n_layer: wants a whole number of at least 1 and below 10000, not '0'"),
+    ("--n_layer -1", "--n_layer: wants a whole number of at least 1 and below 10000, not '-1'"),
     ("--n_head 0", "--n_head"),
     ("--n_embd 1.5", "--n_embd: wants a whole number of at least 1, not '1.5'"),
     ("--block_size x", "--block_size: wants a whole number of at least 1, not 'x'"),
@@ -668,7 +677,9 @@ BAD_TRAINING = [
     ("--grad_clip -1", "--grad_clip"),
     ("--seed -1", "--seed"),
     ("--seed 99999999999999999999999", "--seed: 99999999999999999999999 is too large"),
-    ("--n_layer 1000000000", "GiB of memory"),
+    ("--n_layer 1000000000", "--n_layer: wants a whole number of at least 1 and below 10000, not '1000000000'"),
+    ("--minutes 1e300", "--minutes: wants a number above 0 and below 1000000, not '1e300'"),
+    ("--tokenizer bpe:" + 5000 * "9", "wants bpe: and a number of tokens"),
     ("--n_embd 1000000000", "GiB of memory"),
     ("--batch_size 1000000000", "GiB of memory"),
     ("--n_embd 99999999999999999999999", "--n_embd: 99999999999999999999999 is too large"),
@@ -727,7 +738,7 @@ def inputs(finished, tmp_path):
     return tmp_path
 
 
-@pytest.mark.parametrize("args, words", BAD_TRAINING, ids=[args for args, _ in BAD_TRAINING])
+@pytest.mark.parametrize("args, words", BAD_TRAINING, ids=[args[:60] for args, _ in BAD_TRAINING])
 def test_training_refuses_bad_input(command, inputs, args, words):
     before = contents(inputs)
     assert_refused(

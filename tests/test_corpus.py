@@ -226,6 +226,31 @@ def test_a_missing_file_is_refused(source, tmp_path):
     refused(tmp_path / source, f"{source}: cannot be read (No such file or directory)")
 
 
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no named pipes")
+def test_a_pipe_in_a_directory_is_not_waited_for_and_a_link_to_nothing_is_refused(tmp_path):
+    write(tmp_path / "a.txt", "text")
+    os.mkfifo(str(tmp_path / "b.txt"))
+    assert text_of(tmp_path) == "text"
+    (tmp_path / "c.txt").symlink_to("nowhere")
+    with pytest.raises(UserError, match=r"c\.txt: cannot be read \(No such file"):
+        text_of(tmp_path)
+
+
+def test_a_directory_that_cannot_be_listed_is_refused_and_not_left_out(tmp_path, monkeypatch):
+    write(tmp_path / "a.txt", "text")
+    write(tmp_path / "closed" / "b.txt", "text")
+    scandir = os.scandir
+
+    def closed(path):
+        if str(path).endswith("closed"):
+            raise PermissionError(errno.EACCES, "Permission denied", path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", closed)
+    with pytest.raises(UserError, match=r"closed: cannot be read \(Permission denied\)"):
+        text_of(tmp_path)
+
+
 def test_a_glob_that_finds_nothing_is_refused(tmp_path):
     refused(tmp_path / "*.txt", "*.txt: holds no text")
 

@@ -87,6 +87,19 @@ def test_a_picture_is_saved_in_the_format_of_its_name(tmp_path, capsys):
         assert capsys.readouterr().out == f"picture: {tmp_path / name}\n"
 
 
+def test_a_picture_that_is_cut_off_leaves_the_one_before(tmp_path, monkeypatch):
+    def full(self, path, **_):
+        with open(path, "wb") as f:
+            f.write(b"half")
+        raise OSError(28, "No space left on device")
+
+    (tmp_path / "a.png").write_bytes(b"before")
+    monkeypatch.setattr(plots.Figure, "savefig", full)
+    with pytest.raises(UserError, match=r"--out .*cannot be written"):
+        plots.save_picture(plots.loss_curve(METRICS), str(tmp_path / "a.png"))
+    assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [("a.png", b"before")]
+
+
 @pytest.mark.parametrize("name", ["nowhere/a.png", "a.banana"])
 def test_a_picture_that_cannot_be_written_is_a_user_error_and_leaves_no_file(tmp_path, name):
     with pytest.raises(UserError, match=r"--out .*cannot be written"):

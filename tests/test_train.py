@@ -584,8 +584,7 @@ def test_the_bar_of_a_run_of_minutes_goes_on_in_evaluations(run, clock, monkeypa
     monkeypatch.setattr(train, "tqdm", lambda **settings: bars.append(tqdm(**settings)) or bars[0])
     monkeypatch.setattr(train, "validation_loss", slow)
     assert run("out", **TIMED)[0] == 0
-    assert len(shown) >= 6 and all(n == min(now, 120) for n, now in shown)
-    assert shown[-1][1] > 120  # and then it does not go beyond its end
+    assert len(shown) >= 6 and all(n == now for n, now in shown)
 
 
 def test_a_run_of_minutes_goes_on_in_the_time_that_was_left_as_if_it_had_not_stopped(run, clock):
@@ -629,7 +628,7 @@ def test_minutes_that_are_no_time_are_refused_in_one_line(tmp_path, monkeypatch,
         run_command(train.main)
     out, err = capsys.readouterr()
     assert (exit.value.code, out) == (2, "") and list(tmp_path.iterdir()) == []
-    assert err == f"train.py: error: --minutes: wants a number above 0, not '{minutes}'\n"
+    assert err == f"train.py: error: --minutes: wants a number above 0 and below 1000000, not '{minutes}'\n"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -762,7 +761,7 @@ def test_weights_that_are_no_numbers_are_refused_before_the_first_step(run):
     run("old", max_iters=1)
     model, tokenizer = plan.load_model("old")
     with torch.no_grad():
-        model.transformer.ln_f.weight.fill_(float("nan"))
+        model.transformer.ln_f.weight.fill_(1e38)  # of which the logits are infinite
     save_model("old", model, tokenizer)
-    with pytest.raises(UserError, match="--init_from old: its val loss is nan"):
+    with pytest.raises(UserError, match="--init_from old: its val loss is inf"):
         run("new", init_from="old", not_given=NOT_GIVEN)

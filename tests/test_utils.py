@@ -277,6 +277,65 @@ def test_a_file_is_written_whole_or_the_old_one_stays(tmp_path):
     assert os.listdir(str(tmp_path)) == ["file.json"]
 
 
+def test_a_name_that_is_no_utf8_comes_back_from_json(tmp_path):
+    path = str(tmp_path / "file.json")
+    write_json(path, {"ä": "\udcff"})
+    with open(path, encoding="utf-8") as f:
+        assert json.load(f) == {"ä": "\udcff"}
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no named pipes")
+def test_a_pipe_or_device_is_written_to_and_not_replaced(tmp_path):
+    path = str(tmp_path / "pipe")
+    os.mkfifo(path)
+    reader = subprocess.Popen(["cat", path], stdout=subprocess.PIPE)
+    write_json(path, [1])
+    assert json.loads(reader.communicate(timeout=60)[0]) == [1] and os.listdir(str(tmp_path)) == ["pipe"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Streams that are closed, or cannot be written
+
+
+TALKS = """
+import sys, utils
+
+def main(argv):
+    print("said")
+    print("aside", file=sys.stderr)
+    print(repr(sys.stdin.read()), sys.stdout.isatty(), sys.stderr.isatty())
+    if "memory" in argv:
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+    return 0
+
+utils.run_command(main)
+"""
+FULL = "standard output: cannot be written (No space left on device); make room there, or send it elsewhere"
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a POSIX shell and Linux's /dev/full")
+@pytest.mark.parametrize(
+    "how, status, out, err",
+    [
+        (">&-", 0, "", "aside\n"),
+        ("2>&-", 0, "said\n'' False False\n", ""),
+        ("<&- >&- 2>&-", 0, "", ""),
+        ("2>/dev/full", 0, "said\n'' False False\n", ""),
+        (">/dev/full", 2, "", f"aside\ntalks.py: error: {FULL}\n"),
+        ("memory", 2, "said\n'' False False\n", "aside\ntalks.py: error: out of memory; take a smaller model or text"),
+    ],
+)
+def test_a_command_whose_streams_are_closed_or_full_has_no_traceback(tmp_path, how, status, out, err):
+    (tmp_path / "talks.py").write_text(TALKS)
+    environment = {**os.environ, "PYTHONPATH": os.path.dirname(utils.__file__)}
+    environment.pop("PYTHONUNBUFFERED", None)
+    shell = ["bash", "-c", f'exec "$0" talks.py {how}', sys.executable]
+    streams = dict(stdin=subprocess.DEVNULL, capture_output=True, text=True)
+    done = subprocess.run(shell, cwd=str(tmp_path), env=environment, **streams)
+    assert (done.returncode, done.stdout) == (status, out) and done.stderr.startswith(err), done
+    assert done.stderr.count("\n") == err.rstrip("\n").count("\n") + bool(err)
+
+
 @pytest.mark.parametrize(
     "seconds, words",
     [(0, "0 seconds"), (59, "59 seconds"), (95, "1.6 minutes"), (7200, "2.0 hours"), (400_000, "4.6 days")],

@@ -374,14 +374,21 @@ def test_a_guess_comes_from_the_longest_context_and_goes_on_from_itself():
 def test_a_saved_draft_comes_back_and_a_directory_may_have_none(tmp_path):
     draft = Draft.from_tokens(tokens(1, 500)[0])
     draft.save(str(tmp_path))
-    assert Draft.load(str(tmp_path)).tables == draft.tables
-    assert Draft.load(str(tmp_path / "none")) is None
+    assert Draft.load(str(tmp_path), 1000).tables == draft.tables
+    assert Draft.load(str(tmp_path / "none"), 1000) is None
 
 
 def test_a_damaged_draft_is_one_line(tmp_path):
     (tmp_path / "draft.safetensors").write_bytes(b"no such thing")
     with pytest.raises(UserError, match=r"is damaged .* delete it"):
-        Draft.load(str(tmp_path))
+        Draft.load(str(tmp_path), 1000)
+
+
+def test_a_draft_of_another_model_whose_tokens_this_one_does_not_have_is_one_line(tmp_path):
+    Draft([dict.fromkeys(range(3), token) for token in (7, *ORDERS[1:])]).save(str(tmp_path))
+    assert Draft.load(str(tmp_path), 8) is not None
+    with pytest.raises(UserError, match=r"it is of another model.*delete it"):
+        Draft.load(str(tmp_path), 7)
 
 
 def test_threads_are_one_or_all_and_those_of_the_caller_come_back(make):
