@@ -474,9 +474,15 @@ def train_until(at_end, options, given, processes):
 
     stop = at_end.enter_context(StopSignal(processes))
     timed = options.minutes is not None
+    total = max(1, round(60 * options.minutes)) if timed else options.max_iters
+
+    def done():
+        """How far the bar is: in seconds, of which a run may take a few too many, or in steps."""
+        return min(total, round(run.seconds)) if timed else run.step
+
     bar = tqdm(  # closed before the last words, and before those of an error
-        total=round(60 * options.minutes) if timed else options.max_iters,
-        initial=round(run.seconds) if timed else run.step,
+        total=total,
+        initial=done(),
         unit="step",
         bar_format="{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} s [{remaining} left{postfix}]" if timed else None,
         dynamic_ncols=True,
@@ -489,7 +495,7 @@ def train_until(at_end, options, given, processes):
     def with_the_clock(batches):
         """The batches of an evaluation, in which the bar of a run with --minutes goes on."""
         for batch in stop.until(batches):
-            bar.update(round(run.seconds) - bar.n if timed else 0)
+            bar.update(done() - bar.n)
             yield batch
 
     if run.first_second is None:
@@ -520,7 +526,7 @@ def train_until(at_end, options, given, processes):
         x, y = batches.batch(run.step, device, processes)
         loss, norm = run.learner.step(x, y, share)
         run.step, run.tokens = run.step + 1, run.tokens + x.numel() * processes.world
-        bar.update(round(run.seconds) - bar.n if timed else 1)
+        bar.update(done() - bar.n)
 
         long_ago = timed and run.seconds - last_evaluation > pause
         progress, due, save_is_due = stop.agree(run.progress(), long_ago, run.save_is_due())

@@ -584,7 +584,8 @@ def test_the_bar_of_a_run_of_minutes_goes_on_in_evaluations(run, clock, monkeypa
     monkeypatch.setattr(train, "tqdm", lambda **settings: bars.append(tqdm(**settings)) or bars[0])
     monkeypatch.setattr(train, "validation_loss", slow)
     assert run("out", **TIMED)[0] == 0
-    assert len(shown) >= 6 and all(n == now for n, now in shown)
+    assert len(shown) >= 6 and all(n == min(now, 120) for n, now in shown)
+    assert shown[-1][1] > 120  # and then it does not go beyond its end
 
 
 def test_a_run_of_minutes_goes_on_in_the_time_that_was_left_as_if_it_had_not_stopped(run, clock):
