@@ -12,7 +12,11 @@ round, because a machine's speed drifts; what is shown is the median, and the sp
 The peak is measured, not looked up: the fastest product of two large matrices in the number format that training uses.
 """
 
+import utils  # first: Ctrl-C while PyTorch is loading is then no traceback  # noqa: F401
+
+# isort: split
 import json
+import math
 import os
 import pickle
 import platform
@@ -173,7 +177,9 @@ def peer_model(system, setting, options):
 
 def measure(case, options):
     """Do a case's work for options.seconds. Returns its speed in tokens/s and the process's peak memory in MB."""
-    system, work, name = case.split("|")
+    system, work, name = [*case.split("|"), "", ""][:3]
+    if system not in ("ours", "transformers", "nanogpt") or work not in ("train", "generate") or name not in SETTINGS:
+        raise UserError(f"--case {case}: is none; give one that bench.py names while it measures")
     build = {"train": training_work, "generate": generation_work}[work]
     step, tokens = build(system, SETTINGS[name], options)
     device = pick_device(options.device)
@@ -288,7 +294,9 @@ def quality(options):
     try:
         times = [float(m) for m in options.minutes.split()]
     except ValueError:
-        raise UserError(f"--minutes '{options.minutes}': wants numbers with a space between") from None
+        times = []
+    if not times or not all(0 < minutes < math.inf for minutes in times):
+        raise UserError(f"--minutes '{options.minutes}': wants numbers above 0 with a space between")
     check_json(options.json)
     data, rows = load_data(options.data), []
     print(f"{machine(torch.device('cpu'))}; {options.data}\n  {'':<29}{'seconds':>9}{'val loss':>10}{'bits/byte':>11}")
@@ -455,6 +463,8 @@ IDEAS = {
 def ideas(options):
     """Train with all ideas and without each one, in turns, and print the val losses."""
     if options.without is not None:
+        if options.without not in ("nothing", *IDEAS, "all of them"):
+            raise UserError(f"--without {options.without}: is no idea; give one of {', '.join(IDEAS)}")
         if options.without in IDEAS:
             IDEAS[options.without]()
         flags = ["--data", options.data, "--minutes", str(options.minutes), "--seed", str(options.seed)]

@@ -139,7 +139,9 @@ def whole_process(options):
 
 def measure(options):
     """A case's figure: the median of five, after one to warm up, in which a GPU's step is recorded too."""
-    system, work = options.case.split("|")
+    system, work = [*options.case.split("|"), ""][:2]
+    if system not in (*(f"ours, {kind}" for kind in (*DTYPES, "int8")), "transformers", "nanogpt") or work not in WORKS:
+        raise UserError(f"--case {options.case}: is none; give one that bench.py names while it measures")
     device = pick_device(options.device)
     model, tokenizer = load_model(options.out_dir)
     prompt = prompt_tokens(tokenizer, "").to(device)

@@ -14,6 +14,9 @@ Exercises:
 Chapter 2, trigram.py, looks back two characters in place of one.
 """
 
+import utils  # first: Ctrl-C while PyTorch is loading is then no traceback  # noqa: F401
+
+# isort: split
 import math
 from dataclasses import dataclass
 

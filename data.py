@@ -14,6 +14,9 @@ Three rules hold everywhere, so that every number in this project can be compare
 - which windows a training step sees depends on the seed and the step alone, so a resumed run sees what it would have.
 """
 
+import utils  # first: Ctrl-C while PyTorch is loading is then no traceback  # noqa: F401
+
+# isort: split
 import hashlib
 import math
 import shlex

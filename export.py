@@ -9,6 +9,9 @@ tokenizer.js, model.js with arithmetic.js, generate.js, worker.js (the model's t
 packs the weights and puts all of it into one.
 """
 
+import utils  # first: Ctrl-C while PyTorch is loading is then no traceback  # noqa: F401
+
+# isort: split
 import base64
 import copy
 import hashlib
@@ -63,6 +66,9 @@ def write_page(options):
     page, chosen = page_of(*load_model(options.out_dir), options, training_facts(options.out_dir))
     page = page.encode(errors="replace")  # a file's name may have half a surrogate
     path = options.html or os.path.join(options.out_dir if os.path.isdir(options.out_dir) else "", "model.html")
+
+    if os.path.isfile(path) and not path.lower().endswith((".html", ".htm")):
+        raise UserError(f"--html {path}: is there already and no page by its name; name a .html file")
 
     def write(temporary):
         with open(temporary, "wb") as f:
@@ -149,8 +155,6 @@ def page_bytes(model, how):
 
 def choose_format(model, options):
     """float16 or int8, by size. Raises UserError where the page would be too large, or the weights do not fit in."""
-    if not all(bool(torch.isfinite(p).all()) for p in model.parameters()):
-        raise UserError(f"--out_dir {options.out_dir}: its weights hold infinities or NaN; train it again")
     size = {how: page_bytes(model, how) / 1e6 for how in ("float16", "int8")}
     fits16 = all(float(p.detach().abs().max()) < 65504 for p in model.parameters())
     how = options.weights

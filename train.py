@@ -181,8 +181,9 @@ def errors_in_words(options):
 
 
 class StopSignal:
-    """Turns Ctrl-C and SIGTERM into a request to stop after this step; a second one leaves at once. Used as a context.
+    """Turns Ctrl-C, SIGTERM and SIGHUP into a request to stop after this step. Used as a context.
 
+    A second Ctrl-C or SIGTERM leaves at once.
     number: the signal that has come to this process or another one, None before they have agreed on that.
 
     Python itself looks at signals between two lines of its own alone, and two that come while PyTorch computes are one
@@ -196,7 +197,10 @@ class StopSignal:
         threading.Thread(target=self._leave_at_the_second, args=(self.sockets[0],), daemon=True).start()
 
     def __enter__(self):
-        self.handlers = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
+        numbers = [signal.SIGINT, signal.SIGTERM]
+        if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as nohup has it
+            numbers.append(signal.SIGHUP)  # the terminal was closed
+        self.handlers = {number: signal.signal(number, self._handle) for number in numbers}
         signal.set_wakeup_fd(self.sockets[1].fileno())
         return self
 
@@ -428,7 +432,7 @@ def carry_on(options, restarts):
 
 
 def train(options, given, processes=ALONE):
-    """Train as the options say. Returns the exit status: 0, or 130 / 143 after Ctrl-C / SIGTERM, with the run saved."""
+    """Train as the options say. Returns the exit status: 0, or 128 + the number of a signal, with the run saved."""
     check_flags(options, given)
     if options.plan:
         return show(options, given)

@@ -20,6 +20,9 @@ Chapter 3, model.py, looks back hundreds of characters: it shares what it learns
 a table must see each one by itself.
 """
 
+import utils  # first: Ctrl-C while PyTorch is loading is then no traceback  # noqa: F401
+
+# isort: split
 from dataclasses import dataclass
 
 import torch

@@ -50,6 +50,22 @@ def options_of(cls, *flags):
 # What is refused
 
 
+@pytest.mark.parametrize(
+    "args, words",
+    [
+        ("--case banana", "--case banana: is none"),
+        ("--case ours|train|banana", "--case ours|train|banana: is none"),
+        ("generate --case ours|sample", "--case ours|sample: is none"),
+        ("quality --minutes=", "--minutes '': wants numbers above 0"),
+        ("quality --minutes 0.1,1", "--minutes '0.1,1': wants numbers above 0"),
+        ("quality --minutes nan", "--minutes 'nan': wants numbers above 0"),
+        ("ideas --without banana", "--without banana: is no idea; give one of rotary positions"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused(command, args, words):  # noqa: F811
+    assert_refused(command(bench, *args.split()), words)
+
+
 @pytest.mark.parametrize("which", [[], ["generate"], ["page"], ["quality"]])
 @pytest.mark.parametrize("path", ["nowhere/figures.json", "."])
 def test_a_json_that_cannot_be_written_is_refused_before_any_measuring(command, which, path, monkeypatch):  # noqa: F811

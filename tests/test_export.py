@@ -984,6 +984,9 @@ def test_the_command_writes_the_page_and_says_so(command, run_directory, tmp_pat
     assert data["prompt"] == "Hello" and ["validation loss", "1.250 nats per token"] in data["facts"]
     assert command(export, "--title", "\udcff", "--html", "odd.html").status == 0, "a name that is no UTF-8"
     assert "<title>?</title>" in (tmp_path / "odd.html").read_text(encoding="utf-8")
+    before = contents(run_directory)
+    assert_refused(command(export, "--html", run_directory / "model.safetensors"), "--html", "name a .html file")
+    assert contents(run_directory) == before, "no mistake costs a file that is no page"
     assert command(export, "--weights", "int8").status == 0
     assert "in int8" in (run_directory / "model.html").read_text(encoding="utf-8")
 
@@ -1044,7 +1047,7 @@ def test_weights_that_are_no_numbers_are_refused(command, run_directory, make_mo
     with torch.no_grad():
         model.transformer.wpe.weight[0, 0] = math.nan
     checkpoint.save_model(str(run_directory), model, CharTokenizer(CHARS))
-    assert_refused(command(export), "--out_dir out", "NaN")
+    assert_refused(command(export), "out: its weights hold infinities or NaN")
 
 
 def test_a_page_half_written_never_takes_the_place_of_a_whole_one(command, run_directory, tmp_path, monkeypatch):  # noqa: F811

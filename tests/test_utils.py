@@ -349,12 +349,13 @@ def test_seconds_are_told_in_the_unit_that_a_person_would_choose(seconds, words)
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGINT for one process")
-def test_ctrl_c_while_a_command_is_starting_ends_it_without_a_word(tmp_path):
+@pytest.mark.parametrize("script", ["train", "sample", "data", "export", "bench", "bigram", "trigram"])
+def test_ctrl_c_while_a_command_is_starting_ends_it_without_a_word(tmp_path, script):
     """The signal comes from inside, while utils.py is importing PyTorch."""
     (tmp_path / "torch.py").write_text("import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(9)\n")
     environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
-    sample = Path(utils.__file__).with_name("sample.py")
-    done = subprocess.run([sys.executable, str(sample)], env=environment, capture_output=True, text=True)
+    path = Path(utils.__file__).with_name(f"{script}.py")
+    done = subprocess.run([sys.executable, str(path)], env=environment, capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
 
 
