@@ -79,7 +79,7 @@ def make_directory(options, lock):
         if holds_run(out) and options.fresh:
             if os.name == "nt":  # where a directory cannot be moved while a file in it is open
                 lock.release()
-            aside = next(f"{out}-{n}" for n in itertools.count(1) if not os.path.exists(f"{out}-{n}"))
+            aside = next(f"{out}-{n}" for n in itertools.count(1) if not os.path.lexists(f"{out}-{n}"))
             os.rename(out, aside)
             print(f"moved the earlier run to {aside}")
         os.makedirs(out, exist_ok=True)

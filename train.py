@@ -184,6 +184,7 @@ class StopSignal:
     """Turns Ctrl-C, SIGTERM and SIGHUP into a request to stop after this step. Used as a context.
 
     A second Ctrl-C or SIGTERM leaves at once.
+
     number: the signal that has come to this process or another one, None before they have agreed on that.
 
     Python itself looks at signals between two lines of its own alone, and two that come while PyTorch computes are one

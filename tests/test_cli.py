@@ -412,8 +412,9 @@ def test_fresh_moves_the_earlier_run_aside_and_keeps_it_whole(command, own, tmp_
     result = command(train, *arguments)
     assert result.status == 0 and "moved the earlier run to out-1" in result.out
     second = contents(own)
+    (tmp_path / "out-2").symlink_to("nowhere")  # a name that is taken, though nothing is there
     assert command(train, *arguments, "--out_dir", "out/").status == 0  # a slash makes no difference
-    assert contents(tmp_path / "out-1") == first and contents(tmp_path / "out-2") == second
+    assert contents(tmp_path / "out-1") == first and contents(tmp_path / "out-3") == second
     assert set(os.listdir(str(own))) == FILES
 
 
