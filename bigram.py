@@ -14,7 +14,7 @@ Exercises:
 Chapter 2, trigram.py, looks back two characters in place of one.
 """
 
-import utils  # first: Ctrl-C while PyTorch is loading is then no traceback  # noqa: F401
+from utils import UserError, option, parse_options, run_command  # first: Ctrl-C is quiet while PyTorch loads
 
 # isort: split
 import math
@@ -26,7 +26,6 @@ import torch.nn.functional as F
 from data import load_data
 from plots import bigram_table, save_picture
 from tokenizer import prompt_tokens
-from utils import UserError, option, parse_options, run_command
 
 ADD = 1.0  # every pair counts as seen this often before we begin, so that nothing is ever impossible (Laplace)
 MOST_CHARS = 1000  # more rows than this take minutes to learn

@@ -20,7 +20,7 @@ Chapter 3, model.py, looks back hundreds of characters: it shares what it learns
 a table must see each one by itself.
 """
 
-import utils  # first: Ctrl-C while PyTorch is loading is then no traceback  # noqa: F401
+from utils import UserError, option, parse_options, run_command  # first: Ctrl-C is quiet while PyTorch loads
 
 # isort: split
 from dataclasses import dataclass
@@ -30,7 +30,6 @@ import torch
 from bigram import ADD, Bigram, mean_surprise, report
 from data import load_data
 from plots import mixing_weights, save_picture
-from utils import UserError, option, parse_options, run_command
 
 BUCKETS = 20  # pairs seen 0 times, once, 2-3, 4-7, 8-15 times, ... have weights of their own
 ITERATIONS = 100  # by then the weights stand still in the third decimal
