@@ -295,6 +295,8 @@ def penalize_repetition(logits, text, penalty):
 
 def pick(probs, generator=None):
     """Draw one token from each row: (B, V) -> (B,) int64."""
+    if probs.device.type == "cuda":  # torch.multinomial draws the same, but looks at probs before: the CPU would wait
+        return (probs / torch.empty_like(probs).exponential_(generator=generator)).argmax(dim=-1)
     return torch.multinomial(probs, 1, generator=generator).squeeze(1)
 
 

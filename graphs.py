@@ -1,15 +1,61 @@
-"""Writing on a CUDA GPU: a step whose shapes never change, recorded once and replayed as a whole.
+"""Steps whose shapes never change, recorded once on a CUDA GPU and replayed as a whole: to train, and to write.
 
 A GPU does a step of a small model faster than Python can ask for its hundreds of operations. A CUDA graph asks for all
-of them at once, but it replays exactly what was recorded: the same memory, the same shapes. So here the step reads one
-token from a fixed place, looks at all block_size positions of the cache, and a mask hides those not filled yet.
+of them at once, but it replays exactly what was recorded: the same operations on the same memory. So what goes in and
+comes out has a fixed place, and no operation may depend on a number that only the GPU knows.
 
-    reader = GraphReader(model)     # in place of generate.Reader: the same logits, tested on a CPU without recording
+    recorded = RecordedStep(step)   # step(x, y, share), for training: optim.py
+    reader = GraphReader(model)     # in place of generate.Reader, for writing: the same logits
+
+When writing, the step reads one token from a fixed place. It looks at the first `size` positions of the cache, and a
+mask hides those not filled yet; for a text that outgrows them another step is recorded, of twice as many positions.
 """
 
 import torch
 
 from generate import Reader
+
+WARM_UP = 3  # runs of a step before it is recorded, in which PyTorch's libraries set themselves up
+
+
+def record(step, device):
+    """Record what step() asks of a CUDA GPU. Returns (a function that lets it do that, the tensors that step returned).
+
+    On other devices, as in the tests, that function does the step anew. The tensors keep their places.
+    """
+    if device.type != "cuda":
+        results = step()
+        return lambda: [place.copy_(result) for place, result in zip(results, step())], results
+    with torch.cuda.device(device):
+        graph = torch.cuda.CUDAGraph()
+        # Other threads, such as one that saves the run, may go on.
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            results = step()
+    return graph.replay, results
+
+
+class RecordedStep:
+    """A training step on a CUDA GPU: step(x, y, share) -> tensors, where share is a tensor () in float32.
+
+    The first calls, and those with x and y of another shape, run as they are. What is random stays so: a graph draws
+    on from PyTorch's generator.
+    """
+
+    def __init__(self, step, device):
+        self.step, self.device, self.calls, self.replay = step, device, 0, None
+
+    def __call__(self, x, y, share):
+        self.calls += 1
+        if self.replay is not None and x.shape != self.x.shape or self.calls <= WARM_UP:
+            return self.step(x, y, torch.full((), share, device=self.device))
+        if self.replay is None:
+            self.x, self.y, self.share = x.clone(), y.clone(), torch.full((), share, device=self.device)
+            self.replay, self.results = record(lambda: self.step(self.x, self.y, self.share), self.device)
+        self.x.copy_(x)
+        self.y.copy_(y)
+        self.share.fill_(share)
+        self.replay()
+        return tuple(result.clone() for result in self.results)
 
 
 class StaticLayer:
@@ -20,11 +66,11 @@ class StaticLayer:
         self.last = None if layer.last is None else layer.last[:, -1:].clone()
 
     def append(self, k, v):
-        """Add one token's keys and values (B, H, 1, D); returns those of all positions, and which to look at."""
-        layer = self.layer
+        """Add one token's keys and values (B, H, 1, D); returns those of `size` positions, and which to look at."""
+        layer, size = self.layer, self.static.size
         layer.k.index_copy_(2, self.static.position, k)
         layer.v.index_copy_(2, self.static.position, v)
-        return layer.k, layer.v, self.static.mask
+        return layer.k[:, :, :size], layer.v[:, :, :size], self.static.mask
 
     def previous(self, x):
         before = self.last.clone()
@@ -33,23 +79,23 @@ class StaticLayer:
 
 
 class StaticCache:
-    """A KVCache, as a step sees it that adds one token at `position`, (1,) int64."""
+    """A KVCache, as a step sees it that adds one token at `position`, (1,) int64, below `size`."""
 
     length = 0  # how full it is says `position`, which may change after the step was recorded
 
     def __init__(self, cache, position):
         pad = cache.visible.pad
-        self.position, self.pad = position, None if pad is None else pad.clone()
+        self.position, self.size, self.pad = position, None, None if pad is None else pad.clone()
         self.layers = [StaticLayer(layer, self) for layer in cache.layers]
 
     def make_mask(self):
-        """Visible.mask of the step, over all S positions of the cache: (1, 1, 1, S), or with padding (B, 1, 1, S)."""
+        """Visible.mask of the step, over S = size positions of the cache: (1, 1, 1, S), or with padding (B, 1, 1, S)."""
         k = self.layers[0].layer.k
-        places = torch.arange(k.size(2), device=k.device)
+        places = torch.arange(self.size, device=k.device)
         hidden = places > self.position
         if self.pad is not None:
             hidden = hidden | (places < self.pad[:, None])
-        self.mask = k.new_zeros(hidden.shape).masked_fill_(hidden, float("-inf")).view(-1, 1, 1, k.size(2))
+        self.mask = k.new_zeros(hidden.shape).masked_fill_(hidden, float("-inf")).view(-1, 1, 1, self.size)
 
     def refresh(self, cache):
         """Take over what has changed since tokens were read by other means."""
@@ -75,9 +121,12 @@ class StaticCache:
 class GraphReader(Reader):
     """A Reader that replays its step where a text has grown by one token; all else it reads as a Reader does."""
 
+    SHORTEST = 256  # positions that the shortest step looks at
+
     def __init__(self, model, pad=None):
         super().__init__(model, pad=pad)
-        self.replay = None
+        self.static = None
+        self.steps = {}  # positions of the cache that a step looks at -> (its replay, its logits)
         self.stale = True  # have tokens been read since the last step by other means?
 
     def next_logits(self, text, last=1):
@@ -88,38 +137,37 @@ class GraphReader(Reader):
                 self.static.give_back(self.cache)
             self.stale = True
             return super().next_logits(text, last)
-        if self.replay is None:
-            self._record(text)
+        if self.static is None:
+            self.token = text[:, -1:].clone()
+            self.position = torch.tensor([self.cache.length], device=text.device)
+            self.static = StaticCache(self.cache, self.position)
+        self.token.copy_(text[:, -1:])
+        self.position.fill_(self.cache.length)
+        size = self.SHORTEST
+        while size <= self.cache.length:
+            size *= 2
+        size = min(size, self.block_size)
+        if size not in self.steps:
+            self.steps[size] = self._prepare(size)
         if self.stale:
             self.static.refresh(self.cache)
             self.stale = False
-        self.token.copy_(text[:, -1:])
-        self.position.fill_(self.cache.length)
-        self.replay()
+        replay, [logits] = self.steps[size]
+        replay()
         for layer in self.cache.layers:
             layer.length += 1
-        return self.logits[:, -1].float()
+        return logits[:, -1].float()
 
-    def _step(self):
+    def _step(self, size):
+        self.static.size = size
         self.static.make_mask()  # once for all layers
-        self.logits, _ = self.model(self.token, cache=self.static)
+        return self.model(self.token, cache=self.static)[:1]
 
-    def _record(self, text):
-        """Prepare the step; on a GPU record it, after a few runs in which PyTorch's libraries set themselves up."""
-        self.token, self.position = text[:, -1:].clone(), torch.tensor([self.cache.length], device=text.device)
-        self.static = StaticCache(self.cache, self.position)
-        self.replay = self._step
-        if text.device.type != "cuda":
-            return
-        with torch.cuda.device(text.device):
-            stream = torch.cuda.Stream()
-            stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):
-                for _ in range(3):
-                    self._step()
-            torch.cuda.current_stream().wait_stream(stream)
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                self._step()
-        self.replay = graph.replay
-        self.stale = True  # these runs have moved what the token shift remembers
+    def _prepare(self, size):
+        """A step that looks at so many positions: a function that does it, and where its logits (B, 1, V) will be."""
+        if not self.stale:  # what the token shift remembers would be lost in the runs before it is recorded
+            self.static.give_back(self.cache)
+            self.stale = True
+        for _ in range(WARM_UP):
+            self._step(size)
+        return record(lambda: self._step(size), self.token.device)

@@ -9,9 +9,15 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 
 from distributed import ALONE
+from graphs import RecordedStep
 from model import dice
 from sharding import by_whole_matrices, is_sharded, own, read_tensors, spread, whole
 from utils import UserError, autocast, has_bfloat16
+
+
+def can_be_recorded(device):
+    """Can a step be recorded as a CUDA graph? Its learning rates are then tensors, which a replay reads anew."""
+    return device.type == "cuda" and tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 4)
 
 
 def build_optimizers(model, options, device):
@@ -25,6 +31,8 @@ def build_optimizers(model, options, device):
     since = dict(cuda=(2, 1), cpu=(2, 4)).get(device.type)  # a GPU's in 2.0.0 does not heed found_inf (Learner.update)
     if since is not None and version >= since:
         adamw["fused"] = True
+    if can_be_recorded(device):
+        adamw["capturable"] = True
     if options.arch == "modern":
         if not hasattr(torch.optim, "Muon"):
             raise UserError(f"--arch modern needs PyTorch 2.9 or newer for its Muon optimizer, not {torch.__version__}")
@@ -68,11 +76,11 @@ class Muon(getattr(torch.optim, "Muon", object)):  # PyTorch 2.9
                     grads = [torch.where(good > 0, grad, mean) for mean, grad in zip(means, grads)]
                 torch._foreach_lerp_(means, grads, 1 - group["momentum"])
                 updates = torch._foreach_lerp(grads, means, group["momentum"])  # Nesterov's momentum
-                updates = by_whole_matrices(orthogonal, torch.stack(updates), weights[0]) * good
+                updates = by_whole_matrices(orthogonal, torch.stack(updates), weights[0])
                 ours = [own(p) for p in weights]
                 torch._foreach_mul_(ours, 1 - group["lr"] * group["weight_decay"] * good)
-                lr = group["lr"] * math.sqrt(max(1, rows / columns))
-                torch._foreach_add_(ours, list(updates.to(ours[0].dtype).unbind()), alpha=-lr)
+                lr = group["lr"] * math.sqrt(max(1, rows / columns)) * good
+                torch._foreach_sub_(ours, list((updates.to(ours[0].dtype) * lr).unbind()))
 
 
 # The polynomials a x + b x^3 + c x^5 that, one after the other, bring numbers between 0.001 and 1 nearest to 1, with a
@@ -142,7 +150,8 @@ class Learner:
         self.scaler = Scaler(enabled=dtype == torch.float16)
         self.weights = list(model.parameters())
         self.sharded = is_sharded(model)
-        self.copied = device.type == "cpu" and dtype == torch.bfloat16 and not self.sharded
+        alone_on_gpu = device.type == "cuda" and processes.world == 1
+        self.copied = dtype == torch.bfloat16 and not self.sharded and (device.type == "cpu" or alone_on_gpu)
         self.worker = copy.deepcopy(model).to(dtype) if self.copied else model
         self.copies = list(self.worker.parameters())
         self.averaging = None  # the DistributedDataParallel, where there is one
@@ -152,6 +161,9 @@ class Learner:
         self.compute = self.uncompiled  # may be replaced by torch.compile(self.uncompiled)
         self.skipped = torch.zeros(2, device=device)  # steps skipped for bad numbers: in all, and in a row until now
         self.pools = {}  # number of threads -> the threads
+        self.recorded = None
+        if alone_on_gpu and not self.sharded and can_be_recorded(device):
+            self.recorded = RecordedStep(self.take_step, device)
 
     def rows_at_once(self, T):
         """How many of a step's windows of T tokens go through the model together, as one part of the step.
@@ -212,6 +224,12 @@ class Learner:
         is infinite or no number the step is skipped: all stays as it was, but for self.skipped. Loss and norm are those
         of all processes, so that all of them skip the same steps.
         """
+        if self.recorded is None or self.worker.gradient_checkpointing:  # which looks up where the random numbers stand
+            return self.take_step(x, y, lr_share)
+        return self.recorded(x, y, lr_share)
+
+    def take_step(self, x, y, lr_share):
+        """What `step` does, operation by operation. lr_share may be a tensor () on the device."""
         total = self.add_gradients(x, y)
         for optimizer, highest in zip(self.optimizers, self.highest):
             self.scaler.unscale_(optimizer)
@@ -234,7 +252,7 @@ class Learner:
             elif good:
                 optimizer.step()
         self.forget_gradients()
-        self.skipped = torch.stack([self.skipped[0] + bad, (self.skipped[1] + 1) * bad])
+        self.skipped.copy_(torch.stack([self.skipped[0] + bad, (self.skipped[1] + 1) * bad]))
 
     def add_gradients(self, x, y):
         """Add the gradients of windows x, y (B, T) to those of the float32 weights; returns their loss.

@@ -11,14 +11,16 @@ from conftest import OnMeta
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
+import graphs
 import model as model_file
 import optim
 import plan
 import train
 from data import load_data, validation_loss
+from graphs import RecordedStep
 from model import Dropout, attention, attention_written_out, dropout
 from optim import Learner, build_optimizers, lr_share
-from utils import UserError, autocast
+from utils import UserError, autocast, random_states, restore_random_states
 
 CPU = torch.device("cpu")
 VOCAB = 11
@@ -503,6 +505,7 @@ def test_a_step_of_bad_numbers_changes_nothing_but_the_count_of_them(monkeypatch
 def test_on_a_gpu_no_step_waits_for_the_numbers_that_decide_whether_it_counts(arch, dtype):
     options, device = make_options(arch=arch), torch.device("cuda")
     learner = Learner(plan.build_model(options, VOCAB).to(device).train(), options, device, dtype)
+    learner.recorded = None
     batches = [(x.to(device), y.to(device)) for x, y in make_batch(options, steps=3)]
     learner.step(*batches[0], 1.0)  # the first one sets up the optimizers' memory
     before = torch.cuda.get_sync_debug_mode()
@@ -555,6 +558,85 @@ def test_a_step_reads_no_number_that_decides_whether_it_counts(arch, monkeypatch
         learner.step(*batches[1], 1.0)
     with pytest.raises(AssertionError), NeverRead():
         bool(torch.ones(()).isfinite())
+
+
+def replayed(step, device):
+    """graphs.record without a GPU: nothing is done while it is recorded, and each replay does all of it."""
+    results = (torch.zeros(()), torch.zeros(()))
+    return lambda: [place.copy_(result) for place, result in zip(results, step())], results
+
+
+def record_steps(learner):
+    """Let the learner take its steps as on a GPU."""
+    learner.recorded = RecordedStep(learner.take_step, learner.device)
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_recorded_steps_change_the_weights_as_others_do(arch, dtype, monkeypatch):
+    monkeypatch.setattr(graphs, "record", replayed)
+    plain, recorded = make_learner(arch, dtype), make_learner(arch, dtype)
+    record_steps(recorded)
+    results = []
+    for learner in (plain, recorded):
+        batches, shares = make_batch(learner.options, steps=8), (1.0, 0.5, 1.0, 0.2, 1.0, 0.0, 0.7, 0.1)
+        batches[5] = tuple(t[:2] for t in batches[5])  # of another shape
+        results.append([learner.step(x, y, share) for (x, y), share in zip(batches, shares)])
+    assert recorded.recorded.replay is not None and recorded.recorded.calls == 8
+    for ours, theirs in zip(*results):  # each step's own, though all replays write to the same place
+        torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-6)
+    assert_same_weights(plain.model, recorded.model, atol=1e-6)
+    assert torch.equal(plain.skipped, recorded.skipped)
+
+
+def test_a_step_with_gradient_checkpointing_is_not_recorded(monkeypatch):
+    monkeypatch.setattr(graphs, "record", None)
+    learner = make_learner()
+    learner.worker.gradient_checkpointing = True
+    record_steps(learner)
+    take_steps(learner, make_batch(learner.options, steps=6))
+    assert learner.recorded.calls == 0
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA GPU here")
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_on_a_gpu_recorded_steps_change_the_weights_as_others_do(arch, dtype):
+    options, device, ends = make_options(arch=arch, gradient_accumulation_steps=2), torch.device("cuda"), []
+    for recorded in (True, False):
+        torch.manual_seed(0)
+        learner = Learner(plan.build_model(options, VOCAB).to(device).train(), options, device, dtype)
+        learner.recorded = learner.recorded if recorded else None
+        batches = [(x.to(device), y.to(device)) for x, y in make_batch(options, steps=12)]
+        ends.append((learner, [[t.item() for t in learner.step(x, y, 1 - i / 12)] for i, (x, y) in enumerate(batches)]))
+    (learner, found), (plain, expected) = ends
+    assert learner.recorded.replay is not None
+    atol = 1e-4 if dtype == torch.float32 else 0.03
+    torch.testing.assert_close(torch.tensor(found), torch.tensor(expected), atol=atol, rtol=0.02)
+    assert_same_weights(learner.model, plain.model, atol=2 * atol)
+    assert torch.equal(learner.skipped, plain.skipped)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA GPU here")
+@pytest.mark.parametrize("arch", ARCHS)
+def test_on_a_gpu_recorded_steps_draw_new_dropout_which_a_resumed_run_draws_too(arch):
+    options, device = make_options(arch=arch, dropout=0.5, learning_rate=0.0, matrix_lr=0.0), torch.device("cuda")
+    learner = Learner(plan.build_model(options, VOCAB).to(device).train(), options, device, torch.bfloat16)
+    with torch.no_grad():
+        for p in learner.weights:
+            p.add_(0.1 * torch.randn_like(p))
+    learner.refresh()
+    ((x, y),) = [(x.to(device), y.to(device)) for x, y in make_batch(options)]
+    losses = []
+    for step in range(12):
+        if step == 8:
+            before = random_states(device)
+        losses.append(learner.step(x, y, 1.0)[0].item())
+    assert len(set(losses)) == 12
+    restore_random_states(before, device)
+    learner.recorded = RecordedStep(learner.take_step, device)  # as in a new process: these are not recorded yet
+    again = [learner.step(x, y, 1.0)[0].item() for _ in range(4)]
+    assert again == pytest.approx(losses[8:], abs=2e-3)
 
 
 def test_only_float16_has_a_scaler_at_work():
