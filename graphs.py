@@ -46,7 +46,7 @@ class RecordedStep:
 
     def __call__(self, x, y, share):
         self.calls += 1
-        if self.replay is not None and x.shape != self.x.shape or self.calls <= WARM_UP:
+        if self.calls <= WARM_UP or (self.replay is not None and x.shape != self.x.shape):
             return self.step(x, y, torch.full((), share, device=self.device))
         if self.replay is None:
             self.x, self.y, self.share = x.clone(), y.clone(), torch.full((), share, device=self.device)
@@ -89,7 +89,7 @@ class StaticCache:
         self.layers = [StaticLayer(layer, self) for layer in cache.layers]
 
     def make_mask(self):
-        """Visible.mask of the step, over S = size positions of the cache: (1, 1, 1, S), or with padding (B, 1, 1, S)."""
+        """Visible.mask of the step, over S = size positions: (1, 1, 1, S), or with padding (B, 1, 1, S)."""
         k = self.layers[0].layer.k
         places = torch.arange(self.size, device=k.device)
         hidden = places > self.position

@@ -140,7 +140,7 @@ class Recorded(GraphReader):
     """Replays its steps as on a GPU, without any of its Python: PyTorch's operations alone, on the same memory."""
 
     SHORTEST = 2
-    operations = set()
+    operations = frozenset()
 
     def _prepare(self, size):
         _, results = super()._prepare(size)
