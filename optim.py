@@ -119,6 +119,16 @@ def lr_share(step, progress, options):
     return min(1.0, (step + 1) / (options.warmup_iters or 1)) * (floor + (1 - floor) * left)
 
 
+def copied_to(places, tensors):
+    """Copy tensors to places of another number format: on a GPU in a few operations. Returns the places."""
+    if hasattr(torch, "_foreach_copy_"):  # PyTorch 2.1
+        torch._foreach_copy_(places, list(tensors))
+    else:
+        for place, tensor in zip(places, tensors):
+            place.copy_(tensor)
+    return places
+
+
 def averaging(model, processes):
     """The model in a DistributedDataParallel, whose backward pass averages the gradients over the processes."""
     with warnings.catch_warnings():
@@ -224,9 +234,12 @@ class Learner:
         is infinite or no number the step is skipped: all stays as it was, but for self.skipped. Loss and norm are those
         of all processes, so that all of them skip the same steps.
         """
-        if self.recorded is None or self.worker.gradient_checkpointing:  # which looks up where the random numbers stand
-            return self.take_step(x, y, lr_share)
-        return self.recorded(x, y, lr_share)
+        return self.recorded(x, y, lr_share) if self.records else self.take_step(x, y, lr_share)
+
+    @property
+    def records(self):
+        """Are steps recorded? Not with gradient checkpointing, which looks up where the random numbers stand."""
+        return self.recorded is not None and not self.worker.gradient_checkpointing
 
     def take_step(self, x, y, lr_share):
         """What `step` does, operation by operation. lr_share may be a tensor () on the device."""
@@ -285,14 +298,15 @@ class Learner:
         if self.weights[0].grad is not None:
             torch._foreach_add_([weight.grad for weight in self.weights], list(gradients))
             return
+        if self.copied:
+            gradients = copied_to([torch.empty_like(weight) for weight in self.weights], gradients)
         for weight, gradient in zip(self.weights, gradients):
-            weight.grad = gradient.to(weight.dtype)
+            weight.grad = gradient
 
     @torch.no_grad()
     def refresh(self):
         """Give the copy the weights as they are now."""
-        for low, weight in zip(self.copies, self.weights):
-            low.copy_(weight)
+        copied_to(self.copies, self.weights)
 
     def state_dict(self):
         """What a resumed run needs: the float32 weights, the optimizers' memory, the scaler, the steps skipped.

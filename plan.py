@@ -15,6 +15,7 @@ import torch
 from checkpoint import METRICS, gpt2_tokenizer, holds_run, load_model, load_state
 from data import load_data
 from distributed import ALONE
+from graphs import record
 from model import GPT, GPTConfig
 from modern import Modern, ModernConfig
 from shards import MANIFEST
@@ -326,36 +327,56 @@ def resume(options, given, processes=ALONE):
 # --minutes: the settings for the time one has
 
 
-# What to train, by the work that the machine's matrix products can do in the time, in FLOP. The smallest model is the
-# best one at first because it takes the most steps; each next size needs about five times the work to catch up.
+# What to train, and the work in FLOP from which on: what the machine's matrix products can do in the time. The smallest
+# model is the best one at first because it takes the most steps; each next size needs some work to catch up.
 SIZES = (
-    (3e13, dict(n_layer=4, n_embd=128, n_head=2, block_size=64, batch_size=32, matrix_lr=0.045, learning_rate=0.024)),
-    (3e14, dict(n_layer=4, n_embd=192, n_head=3, block_size=256, batch_size=8, matrix_lr=0.02, learning_rate=0.006)),
-    (3e15, dict(n_layer=5, n_embd=256, n_head=4, block_size=256, batch_size=16, matrix_lr=0.02, learning_rate=0.006)),
-    (1e18, dict(n_layer=6, n_embd=384, n_head=6, block_size=256, batch_size=64, matrix_lr=0.02, learning_rate=0.004)),
-    (math.inf, dict(n_layer=12, n_embd=768, n_head=12, block_size=512, batch_size=64)),
+    (0, dict(n_layer=4, n_embd=128, n_head=2, block_size=64, batch_size=32, matrix_lr=0.045, learning_rate=0.024)),
+    (3e13, dict(n_layer=4, n_embd=192, n_head=3, block_size=256, batch_size=8, matrix_lr=0.02, learning_rate=0.006)),
+    (3e14, dict(n_layer=5, n_embd=256, n_head=4, block_size=256, batch_size=16, matrix_lr=0.02, learning_rate=0.006)),
+    (3e15, dict(n_layer=6, n_embd=384, n_head=6, block_size=256, batch_size=64, matrix_lr=0.02, learning_rate=0.004)),
+    (1e18, dict(n_layer=12, n_embd=768, n_head=12, block_size=512, batch_size=64)),
 )
+SHARE = 0.4  # of that work a run really makes
+# A GPU is not kept busy by models as small as these. Measured on an H100, with recorded steps:
+GPU_START = 8  # seconds until the first step
+GPU_LAYER = 4e-4  # seconds that the operations of a layer take in a step, however little there is to do for each
 STEPS_WITHOUT_END = 10**9  # max_iters where the clock ends the run
 
 
 def for_minutes(minutes, tokens, device, dtype, peak=None):
     """The options for a run of that many minutes on a text of so many training tokens. Returns (options, why).
 
-    The rule: measure the machine's matrix products, multiply by the time, look the size up in SIZES. A run makes some
-    40 % of that work, which says how many tokens it will see. From eight times the text on, dropout keeps it from
-    learning the text by heart: 0.05 at eight times, and 0.1 more each time that doubles, up to 0.5.
+    The rule: measure the machine's matrix products, multiply by the time, take the largest of SIZES for which that is
+    enough. A run makes some 40 % of that work, which says how many tokens it will see. From eight times the text on,
+    dropout keeps it from learning the text by heart: 0.05 at eight times, and 0.1 more each time that doubles, up to
+    0.5. On a GPU a step takes longer than its products alone, and each size can do work of its own (possible_work).
     """
     peak = peak or matmul_peak(device, dtype)
-    work = peak * minutes * 60
-    sizes = next(dict(sizes) for most, sizes in SIZES if work <= most)
+    for least, candidate in SIZES:
+        possible = possible_work(candidate, minutes, peak, device)
+        if possible >= least:
+            work, sizes = possible, dict(candidate)
     while sizes["block_size"] > 8 and sizes["block_size"] * 8 > tokens:  # a very short text
         sizes["block_size"] //= 2
-    weights = 12 * sizes["n_layer"] * sizes["n_embd"] ** 2
-    epochs = 0.4 * work / (6 * weights) / tokens
+    epochs = SHARE * work / step_work(sizes, tokens=tokens)
     sizes["dropout"] = 0.0 if epochs < 8 else round(min(0.5, 0.05 + 0.1 * math.log2(epochs / 8)), 2)
     sizes["max_iters"] = STEPS_WITHOUT_END
     why = f"{peak / 1e9:,.0f} GFLOP/s x {minutes:g} min on {tokens:,} tokens, about {epochs:.1f} times the text"
     return sizes, why
+
+
+def step_work(sizes, tokens):
+    """The FLOP of the matrix products of so many tokens, forward and backward, in the layers of a model."""
+    return 6 * 12 * sizes["n_layer"] * sizes["n_embd"] ** 2 * tokens
+
+
+def possible_work(sizes, minutes, peak, device):
+    """The FLOP of matrix products in a time, of which a run makes SHARE: on a GPU, those of a model of such sizes."""
+    if device.type != "cuda":
+        return peak * 60 * minutes
+    work = step_work(sizes, sizes["batch_size"] * sizes["block_size"]) / SHARE
+    a_step = GPU_LAYER * sizes["n_layer"] + 2 * work / peak
+    return max(1, 60 * minutes - GPU_START) / a_step * work
 
 
 def matmul_peak(device, dtype, size=None):
@@ -383,13 +404,26 @@ def seconds_per_token(learner, x, y):
     """Time a small forward and backward pass over some of x, y (B, T). Leaves no trace: no gradients, same dice."""
     threads = torch.get_num_threads() if learner.device.type == "cpu" else 1
     rows = min(len(x), learner.rows_at_once(x.size(1)) * threads)
+
+    def a_pass():
+        loss = learner.add_gradients(x[:rows], y[:rows])
+        learner.forget_gradients()
+        return (loss,)
+
     with same_dice(learner.device):
         for _ in range(3):  # the first runs warm up
-            start = time.perf_counter()
-            learner.add_gradients(x[:rows], y[:rows]).item()  # waits for the device
-            seconds = time.perf_counter() - start
-            learner.forget_gradients()
+            seconds = seconds_of(lambda: a_pass()[0])
+        if learner.records:
+            replay, [loss] = record(a_pass, learner.device)
+            seconds = min(seconds_of(lambda: (replay(), loss)[1]) for _ in range(2))
     return seconds / (rows * x.size(1))
+
+
+def seconds_of(work):
+    """How long work() takes until its result, a tensor (), is there."""
+    start = time.perf_counter()
+    work().item()  # waits for the device
+    return time.perf_counter() - start
 
 
 def evaluation_seconds(token_seconds, options, data):
@@ -414,7 +448,9 @@ def maybe_compile(learner, x, y, forced, seconds):
 
     seconds: how long the run will take. Falls back to the model as it is, in one line, where no compiler works.
     """
-    cost, gain = 60, 0.3  # on a GPU: seconds that compiling takes, share of the time that it saves
+    # On a GPU: seconds that compiling takes (10 to 18 on an H100's machine), share of the time that it saves (of a
+    # modern model 0.45, of a GPT 0.09 at the default size and 0.27 at GPT-2's).
+    cost, gain = 20, 0.4 if learner.options.arch == "modern" else 0.1
     if learner.device.type == "cpu":
         cost, gain = 40, 0.0  # parts of a batch side by side, which a compiled model cannot do, are as fast
     if not forced and gain * seconds <= cost:
