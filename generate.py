@@ -186,6 +186,10 @@ class Reader:
             logits, _ = self.model(new, cache=self.cache, **({} if last == 1 else dict(last=last)))
         return logits[:, -1].float() if last == 1 else logits.float()
 
+    def next_tokens(self, text, sampling, generator=None):
+        """Draw the token that follows each row of text (B, N), as a Sampling says: (B,) int64."""
+        return pick(sampling.probs(self.next_logits(text), text), generator)
+
     def _begin(self, start):
         """Read from position `start` of the text on, with nothing in the cache."""
         self.start = start
@@ -348,8 +352,7 @@ def generate(
         idx = torch.where(filler, idx.gather(1, pad[:, None]), idx)
     text, reader = idx, reader or Reader(model, use_cache, pad)
     for _ in range(max_new_tokens):
-        probs = sampling.probs(reader.next_logits(text), text)
-        token = pick(probs, generator)
+        token = reader.next_tokens(text, sampling, generator)
         text = torch.cat([text, token[:, None]], dim=1)
         yield token
 

@@ -11,23 +11,30 @@ When writing, the step reads one token from a fixed place. It looks at the first
 mask hides those not filled yet; for a text that outgrows them another step is recorded, of twice as many positions.
 """
 
+import contextlib
+from dataclasses import astuple
+
 import torch
 
-from generate import Reader
+from generate import Reader, pick
+from utils import same_dice
 
 WARM_UP = 3  # runs of a step before it is recorded, in which PyTorch's libraries set themselves up
 
 
-def record(step, device):
+def record(step, device, generator=None):
     """Record what step() asks of a CUDA GPU. Returns (a function that lets it do that, the tensors that step returned).
 
-    On other devices, as in the tests, that function does the step anew. The tensors keep their places.
+    On other devices, as in the tests, that function does the step anew. The tensors keep their places. generator: the
+    torch.Generator from which the step draws, where it is not PyTorch's own.
     """
     if device.type != "cuda":
         results = step()
         return lambda: [place.copy_(result) for place, result in zip(results, step())], results
     with torch.cuda.device(device):
         graph = torch.cuda.CUDAGraph()
+        if generator is not None:
+            graph.register_generator_state(generator)  # PyTorch 2.4
         # Other threads, such as one that saves the run, may go on.
         with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             results = step()
@@ -126,17 +133,29 @@ class GraphReader(Reader):
     def __init__(self, model, pad=None):
         super().__init__(model, pad=pad)
         self.static = None
-        self.steps = {}  # positions of the cache that a step looks at -> (its replay, its logits)
+        self.steps = {}  # (positions that a step looks at, how it draws) -> (its replay, its logits or tokens)
         self.stale = True  # have tokens been read since the last step by other means?
 
     def next_logits(self, text, last=1):
+        if last == 1 and self._grown_by_one(text):
+            return self._replayed(text)[:, -1].float()
+        if not self.stale:
+            self.static.give_back(self.cache)
+        self.stale = True
+        return super().next_logits(text, last)
+
+    def next_tokens(self, text, sampling, generator=None):
+        """As Reader.next_tokens. Drawing them is part of the step, unless they depend on all of the text."""
+        if sampling.repetition_penalty != 1 or not self._grown_by_one(text):
+            return super().next_tokens(text, sampling, generator)
+        return self._replayed(text, sampling, generator).clone()
+
+    def _grown_by_one(self, text):
         N = text.size(1)
-        grown_by_one = self.start is not None and N - self.start == self.cache.length + 1 <= self.block_size
-        if not grown_by_one or last != 1:
-            if not self.stale:
-                self.static.give_back(self.cache)
-            self.stale = True
-            return super().next_logits(text, last)
+        return self.start is not None and N - self.start == self.cache.length + 1 <= self.block_size
+
+    def _replayed(self, text, sampling=None, generator=None):
+        """The logits (B, 1, V) or, with a sampling, the tokens (B,) that follow text (B, N), in the step's place."""
         if self.static is None:
             self.token = text[:, -1:].clone()
             self.position = torch.tensor([self.cache.length], device=text.device)
@@ -147,27 +166,42 @@ class GraphReader(Reader):
         while size <= self.cache.length:
             size *= 2
         size = min(size, self.block_size)
-        if size not in self.steps:
-            self.steps[size] = self._prepare(size)
+        kind = (size, sampling and astuple(sampling), generator)
+        if kind not in self.steps:
+            self.steps[kind] = self._prepare(size, sampling, generator)
         if self.stale:
             self.static.refresh(self.cache)
             self.stale = False
-        replay, [logits] = self.steps[size]
+        replay, [result] = self.steps[kind]
         replay()
         for layer in self.cache.layers:
             layer.length += 1
-        return logits[:, -1].float()
+        return result
 
-    def _step(self, size):
+    def _step(self, size, sampling=None, generator=None):
         self.static.size = size
         self.static.make_mask()  # once for all layers
-        return self.model(self.token, cache=self.static)[:1]
+        logits, _ = self.model(self.token, cache=self.static)
+        return (logits if sampling is None else pick(sampling.probs(logits[:, -1], self.token), generator),)
 
-    def _prepare(self, size):
-        """A step that looks at so many positions: a function that does it, and where its logits (B, 1, V) will be."""
+    def _prepare(self, size, sampling, generator):
+        """Get a step ready that looks at so many positions. Returns what does it, and [where its result will be]."""
         if not self.stale:  # what the token shift remembers would be lost in the runs before it is recorded
             self.static.give_back(self.cache)
             self.stale = True
-        for _ in range(WARM_UP):
-            self._step(size)
-        return record(lambda: self._step(size), self.token.device)
+        with undrawn(generator, self.token.device):
+            for _ in range(WARM_UP):
+                self._step(size, sampling, generator)
+            return record(lambda: self._step(size, sampling, generator), self.token.device, generator)
+
+
+@contextlib.contextmanager
+def undrawn(generator, device):
+    """A context that leaves a generator, or for None PyTorch's own for a device, where it stood."""
+    if generator is None:
+        with same_dice(device):
+            yield
+        return
+    state = generator.get_state()
+    yield
+    generator.set_state(state)

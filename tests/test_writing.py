@@ -39,7 +39,7 @@ from generate import (
     speculate,
     use_threads,
 )
-from graphs import GraphReader
+from graphs import GraphReader, undrawn
 from lighten import has_float16, join_qkv, lighten, usual_format
 from tokenizer import CharTokenizer
 from utils import UserError
@@ -142,9 +142,10 @@ class Recorded(GraphReader):
     SHORTEST = 2
     operations = frozenset()
 
-    def _prepare(self, size):
-        _, results = super()._prepare(size)
-        graph = make_fx(lambda: self._step(size)[0])()
+    def _prepare(self, size, *draw):
+        _, results = super()._prepare(size, *draw)
+        with undrawn(draw[1], self.token.device):
+            graph = make_fx(lambda: self._step(size, *draw)[0])()
         self.operations = self.operations | {str(node.target) for node in graph.graph.nodes}
         return lambda: results[0].copy_(graph()), results
 
@@ -158,6 +159,11 @@ def test_a_step_that_is_recorded_writes_the_same_text_and_reads_no_number_on_the
     reader = Recorded(model, pad)
     found = written(generate(model, idx, 40, temperature=0, reader=reader))
     assert torch.equal(found, written(generate(model, idx, 40, temperature=0, pad=pad)))
+    dice = [torch.Generator().manual_seed(1) for _ in range(2)]
+    how = dict(temperature=0.8, top_k=5, top_p=0.95, min_p=0.01, pad=pad)
+    reader.start = None  # a new text
+    drawn = written(generate(model, idx, 40, reader=reader, generator=dice[0], **how))
+    assert torch.equal(drawn, written(generate(model, idx, 40, generator=dice[1], **how)))
     waits = ("_local_scalar_dense", "nonzero", "equal", "lift_fresh")  # of a CUDA graph none may be part
     assert not [operation for operation in reader.operations if any(word in operation for word in waits)]
 
