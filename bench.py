@@ -172,7 +172,7 @@ def peer_model(system, setting, options):
         p = setting.dropout
         return GPT2LMHeadModel(GPT2Config(attn_pdrop=p, embd_pdrop=p, resid_pdrop=p, **sizes))
     module = nanogpt_module(options.nanogpt)
-    return module.GPT(module.GPTConfig(**{**asdict(make_config(setting, setting.vocab_size)), "bias": False}))
+    return module.GPT(module.GPTConfig(**asdict(make_config(setting, setting.vocab_size))))
 
 
 def measure(case, options):
