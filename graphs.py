@@ -9,6 +9,7 @@ comes out has a fixed place, and no operation may depend on a number that only t
 
 When writing, the step reads one token from a fixed place. It looks at the first `size` positions of the cache, and a
 mask hides those not filled yet; for a text that outgrows them another step is recorded, of twice as many positions.
+Where fused.py can be used, the step is its FusedStep, which looks at no more positions than are filled.
 """
 
 import contextlib
@@ -129,6 +130,7 @@ class GraphReader(Reader):
     """A Reader that replays its step where a text has grown by one token; all else it reads as a Reader does."""
 
     SHORTEST = 256  # positions that the shortest step looks at
+    FUSED = True  # use fused.py where that can be
 
     def __init__(self, model, pad=None):
         super().__init__(model, pad=pad)
@@ -138,7 +140,7 @@ class GraphReader(Reader):
 
     def next_logits(self, text, last=1):
         if last == 1 and self._grown_by_one(text):
-            return self._replayed(text)[:, -1].float()
+            return self._replayed(text)[:, -1].to(torch.float32, copy=True)  # the next step overwrites them
         if not self.stale:
             self.static.give_back(self.cache)
         self.stale = True
@@ -160,9 +162,10 @@ class GraphReader(Reader):
             self.token = text[:, -1:].clone()
             self.position = torch.tensor([self.cache.length], device=text.device)
             self.static = StaticCache(self.cache, self.position)
+            self.fused = self._fused_step()
         self.token.copy_(text[:, -1:])
         self.position.fill_(self.cache.length)
-        size = self.SHORTEST
+        size = self.block_size if self.fused else self.SHORTEST
         while size <= self.cache.length:
             size *= 2
         size = min(size, self.block_size)
@@ -178,10 +181,23 @@ class GraphReader(Reader):
             layer.length += 1
         return result
 
+    def _fused_step(self):
+        """fused.FusedStep, where it can be used for this model and text, else None."""
+        if not self.FUSED or self.pad is not None:
+            return None
+        try:
+            import fused
+        except ImportError:  # Triton, which PyTorch brings along for CUDA on Linux
+            return None
+        return fused.fused_step(self.model, self.cache, self.position, self.token)
+
     def _step(self, size, sampling=None, generator=None):
-        self.static.size = size
-        self.static.make_mask()  # once for all layers
-        logits, _ = self.model(self.token, cache=self.static)
+        if self.fused:
+            logits = self.fused(self.token)
+        else:
+            self.static.size = size
+            self.static.make_mask()  # once for all layers
+            logits, _ = self.model(self.token, cache=self.static)
         return (logits if sampling is None else pick(sampling.probs(logits[:, -1], self.token), generator),)
 
     def _prepare(self, size, sampling, generator):

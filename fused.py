@@ -1,0 +1,231 @@
+"""One token through a GPT on an NVIDIA GPU, in a few large kernels: for one text, writing is waiting for the weights.
+
+A token takes 20 operations of PyTorch's a layer, and each leaves the GPU's memory idle while it starts and ends. Here a
+layer is five kernels, written in Triton (Tillet et al. 2019), the language of kernels that comes with PyTorch:
+
+    x (B, C) --ln_1, c_attn--> qkv (B, 3C) --attention--> y (B, C) --c_proj--> added to x
+             --ln_2, c_fc, gelu--> h (B, 4C) --c_proj--> added to x                        x, qkv, y, h in float32
+
+    step = FusedStep(model, cache, position)   # model.GPT, generate.KVCache, (1,) int64 on the GPU
+    logits = step(token)                       # (B, 1) int64 -> (B, 1, V) float32, in place of model(token, cache=...)
+
+Each program of linear_kernel makes a few rows of a product. It asks for its weights before all else, on a Hopper GPU
+even while the kernel before still runs: those are the bytes that cost time. All else it reads waits until that one is
+done (`wait`, "programmatic dependent launch" in CUDA).
+"""
+
+import functools
+import sys
+
+import torch
+import triton
+import triton.language as tl
+
+from model import GPT
+
+MAX_BATCH = 4  # texts side by side; with more of them, PyTorch's matrix products are the better ones
+MAX_EMBD = 4096  # channels, up to which a program holds whole rows of all weights in its registers
+OVERLAP = True  # start a kernel while the one before still runs, where the GPU can
+ROWS = 4  # of W, for a program: so few that N = 768 of them keep the 132 multiprocessors of an H100 busy
+MANY_ROWS, MANY = 16, 16384  # the same from so many rows on, as in lm_head: each program makes its own LayerNorm
+PER_THREAD = 8  # weights of each row, for a thread: 16 bytes in 16 bits, what a thread reads at once
+TILE, TILE_WARPS = 8192, 8  # numbers of keys, and of values, that a program of attention_kernel reads at once
+
+
+@triton.jit
+def wait(OVERLAP: tl.constexpr):
+    """What is before this may run beside the kernel before, which in turn has waited; what is after sees all it wrote.
+
+    So a kernel calls it before it reads what other kernels of the step write, and before it writes at all. The step's
+    first kernel starts as any does, when all earlier work is done: what earlier steps wrote may be read at once.
+    """
+    if OVERLAP:
+        tl.extra.cuda.gdc_launch_dependents()  # from now on the kernel after may come as far as its own wait
+        tl.extra.cuda.gdc_wait()
+
+
+@triton.jit
+def embedding_kernel(token, position, wte, wpe, x, C: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr):
+    """x (B, C) = wte[token] + wpe[position]; a program for each text."""
+    wait(OVERLAP)
+    b, c = tl.program_id(0), tl.arange(0, BLOCK)
+    a = tl.load(wte + tl.load(token + b) * C + c, mask=c < C).to(tl.float32)
+    p = tl.load(wpe + tl.load(position) * C + c, mask=c < C).to(tl.float32)
+    tl.store(x + b * C + c, a + p, mask=c < C)
+
+
+@triton.jit
+def linear_kernel(
+    x, norm, shift, W, bias, y, N, B,
+    K: tl.constexpr, GELU: tl.constexpr, ADD: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr,
+):  # fmt: skip
+    """y (B, N) = [y +] [gelu] ([LayerNorm] x W^T + bias), x (B, K), W (N, K); a program for ROWS rows of W and a text.
+
+    norm, shift: the LayerNorm's weight and bias (K,), or None; bias (N,) or None. BLOCK: at least K, a power of two.
+    """
+    n, b = tl.program_id(0) // B * ROWS + tl.arange(0, ROWS), tl.program_id(0) % B
+    k = tl.arange(0, BLOCK)
+    rows, inside = n < N, k < K
+    w = tl.load(W + n.to(tl.int64)[:, None] * K + k[None, :], mask=rows[:, None] & inside[None, :], other=0.0)
+    if norm is not None:
+        scale = tl.load(norm + k, mask=inside, other=0.0).to(tl.float32)
+    if shift is not None:
+        moved = tl.load(shift + k, mask=inside, other=0.0).to(tl.float32)
+    if bias is not None:
+        first = tl.load(bias + n, mask=rows, other=0.0).to(tl.float32)
+    wait(OVERLAP)
+    u = tl.load(x + b * K + k, mask=inside, other=0.0)  # (BLOCK,)
+    if ADD:
+        before = tl.load(y + b * N + n, mask=rows, other=0.0)
+    if norm is not None:
+        u = tl.where(inside, u - tl.sum(u) / K, 0.0)
+        u *= tl.rsqrt(tl.sum(u * u) / K + 1e-5) * scale
+    if shift is not None:
+        u += moved
+    out = tl.sum(w.to(tl.float32) * u[None, :], axis=1)  # (ROWS,)
+    if bias is not None:
+        out += first
+    if GELU:  # 0.5 out (1 + tanh(z)) = out sigmoid(2 z)
+        out *= tl.sigmoid(1.5957691216057308 * (out + 0.044715 * out * out * out))  # 2 sqrt(2 / pi)
+    if ADD:
+        out += before
+    tl.store(y + b * N + n, out, mask=rows)
+
+
+@triton.jit
+def read(cache, first, end, D: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Positions first, first + 1, ... of one head's keys or values (S, D), zeros from `end` on: (BLOCK, BLOCK_D)."""
+    i, d = first + tl.arange(0, BLOCK), tl.arange(0, BLOCK_D)
+    return tl.load(cache + i[:, None] * D + d[None, :], mask=(i < end)[:, None] & (d < D)[None, :], other=0.0)
+
+
+@triton.jit
+def attention_kernel(
+    qkv, cache_k, cache_v, position, y, S, SCALE,
+    H: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, OVERLAP: tl.constexpr,
+):  # fmt: skip
+    """y (B, H, D): one query looks at the keys (B, H, S, D) before it, and at its own, which it adds to them.
+
+    A program for a head of a text. Its softmax goes on as positions come (Milakov & Gimelshein 2018), for BLOCK of them
+    side by side: place i sees positions i, i + BLOCK, ..., and what the places have seen is put together at the end.
+    With 12 programs most of the GPU idles, about 1 us a layer for each BLOCK of positions but the first; several
+    programs for a head would be faster from some hundred positions on, but one more kernel for all lengths.
+    """
+    head, d, i = tl.program_id(0), tl.arange(0, BLOCK_D), tl.arange(0, BLOCK)
+    now = tl.load(position).to(tl.int32)
+    cache_k += head.to(tl.int64) * S * D
+    cache_v += head.to(tl.int64) * S * D
+    keys, values = read(cache_k, 0, now, D, BLOCK, BLOCK_D), read(cache_v, 0, now, D, BLOCK, BLOCK_D)
+    wait(OVERLAP)
+    inside = d < D
+    own = qkv + head // H * 3 * H * D + head % H * D + d
+    q = tl.load(own, mask=inside, other=0.0) * SCALE
+    k = tl.load(own + H * D, mask=inside, other=0.0).to(cache_k.dtype.element_ty)
+    v = tl.load(own + 2 * H * D, mask=inside, other=0.0).to(cache_v.dtype.element_ty)
+    tl.store(cache_k + now * D + d, k, mask=inside)
+    tl.store(cache_v + now * D + d, v, mask=inside)
+
+    top = tl.full((BLOCK,), -1e30, tl.float32)  # the largest score a place has seen: exp of so little is 0 in the end
+    total = tl.zeros((BLOCK,), tl.float32)  # of exp(score - top)
+    mean = tl.zeros((BLOCK, BLOCK_D), tl.float32)  # of the values, times total
+    first = 0
+    while first < now:
+        score = tl.where(first + i < now, tl.sum(keys.to(tl.float32) * q[None, :], axis=1), -1e30)
+        higher = tl.maximum(top, score)
+        fade, weight = tl.exp(top - higher), tl.exp(score - higher)
+        total = total * fade + weight
+        mean = mean * fade[:, None] + weight[:, None] * values.to(tl.float32)
+        top = higher
+        first += BLOCK
+        keys, values = read(cache_k, first, now, D, BLOCK, BLOCK_D), read(cache_v, first, now, D, BLOCK, BLOCK_D)
+
+    score = tl.sum(q * k.to(tl.float32))  # of the token itself
+    highest = tl.maximum(tl.max(top), score)
+    fade, weight = tl.exp(top - highest), tl.exp(score - highest)
+    out = tl.sum(mean * fade[:, None], axis=0) + weight * v.to(tl.float32)
+    tl.store(y + head * D + d, out / (tl.sum(total * fade) + weight), mask=inside)
+
+
+def usable(model, batch):
+    """Can a FusedStep stand in for this model, for so many texts? PyTorch 2.8 and newer bring the Triton it needs."""
+    if type(model) is not GPT or model.training or batch > MAX_BATCH or model.config.n_embd > MAX_EMBD:
+        return False
+    device = model.lm_head.weight.device
+    if device.type != "cuda" or torch.version.hip or torch.cuda.get_device_capability(device) < (8, 0):
+        return False
+    return tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 4)
+
+
+def fused_step(model, cache, position, token):
+    """A FusedStep that has run once on token (B, 1), or None where that cannot be: then a line on stderr says why."""
+    if not usable(model, len(token)):
+        return None
+    step = FusedStep(model, cache, position)
+    try:
+        step(token)
+    except Exception as error:  # Triton needs a C compiler and Python's headers, and raises many kinds of errors
+        say(f"fused.py is not used, and writing is slower: {(str(error) or repr(error)).strip().splitlines()[0]}")
+        return None
+    return step
+
+
+@functools.lru_cache(maxsize=None)
+def say(line):
+    """Print a line on stderr, once."""
+    print(line, file=sys.stderr)
+
+
+class FusedStep:
+    """step(token (B, 1)) -> logits (B, 1, V) in float32: what model(token, cache=cache) does at `position`, (1,) int64.
+
+    The cache must have held a token before, so that its memory is there. All memory stays where it is.
+    """
+
+    def __init__(self, model, cache, position):
+        c, p = model.config, model.lm_head.weight
+        self.model, self.cache, self.position, self.B = model, cache, position, cache.layers[0].k.size(0)
+        self.overlap = OVERLAP and p.is_cuda and torch.cuda.get_device_capability(p.device) >= (9, 0)
+        sizes = (c.n_embd, 3 * c.n_embd, c.n_embd, 4 * c.n_embd, c.vocab_size)
+        self.x, self.qkv, self.y, self.h, self.logits = (
+            torch.empty(self.B, n, dtype=torch.float32, device=p.device) for n in sizes
+        )
+
+    @torch.no_grad()
+    def __call__(self, token):
+        parts, c = self.model.transformer, self.model.config
+        with torch.cuda.device_of(token):  # where Triton starts its kernels
+            embedding_kernel[(self.B,)](
+                token, self.position, parts.wte.weight, parts.wpe.weight, self.x,
+                c.n_embd, triton.next_power_of_2(c.n_embd), self.overlap,
+            )  # fmt: skip
+            for block, layer in zip(parts.h, self.cache.layers):
+                self._linear(self.x, block.attn.c_attn, self.qkv, norm=block.ln_1)
+                self._attention(layer)
+                self._linear(self.y, block.attn.c_proj, self.x, add=True)
+                self._linear(self.x, block.mlp.c_fc, self.h, norm=block.ln_2, gelu=True)
+                self._linear(self.h, block.mlp.c_proj, self.x, add=True)
+            self._linear(self.x, self.model.lm_head, self.logits, norm=parts.ln_f)
+        return self.logits[:, None]
+
+    def _linear(self, x, linear, y, norm=None, gelu=False, add=False):
+        N, K = linear.weight.shape
+        rows, block = MANY_ROWS if N >= MANY else ROWS, triton.next_power_of_2(K)
+        weight, shift = (None, None) if norm is None else (norm.weight, norm.bias)
+        linear_kernel[(triton.cdiv(N, rows) * self.B,)](
+            x, weight, shift, linear.weight, linear.bias, y, N, self.B,
+            K, gelu, add, rows, block, self.overlap,
+            num_warps=min(max(block // (32 * PER_THREAD), 1), 16), **self._launch(),
+        )  # fmt: skip
+
+    def _attention(self, layer):
+        B, H, S, D = layer.k.shape
+        block_d = triton.next_power_of_2(D)
+        block = min(max(TILE // block_d, 1), triton.next_power_of_2(S))
+        attention_kernel[(B * H,)](
+            self.qkv, layer.k, layer.v, self.position, self.y, S, D**-0.5, H, D, block, block_d, self.overlap,
+            num_warps=TILE_WARPS, **self._launch(),
+        )  # fmt: skip
+
+    def _launch(self):
+        return dict(launch_pdl=True) if self.overlap else {}
