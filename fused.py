@@ -28,7 +28,7 @@ MAX_EMBD = 4096  # channels, up to which a program holds whole rows of all weigh
 OVERLAP = True  # start a kernel while the one before still runs, where the GPU can
 ROWS = 4  # of W, for a program: so few that N = 768 of them keep the 132 multiprocessors of an H100 busy
 MANY_ROWS, MANY = 16, 16384  # the same from so many rows on, as in lm_head: each program makes its own LayerNorm
-PER_THREAD = 8  # weights of each row, for a thread: 16 bytes in 16 bits, what a thread reads at once
+PER_THREAD = 16  # weights of each row, for a thread: in 16 bits twice what a thread reads at once
 TILE, TILE_WARPS = 8192, 8  # numbers of keys, and of values, that a program of attention_kernel reads at once
 
 

@@ -8,6 +8,7 @@ Only the matrices change (nn.Linear), and only how they are stored and multiplie
 keeps their numbers, and is faster all the same: what only training needs is left out.
 """
 
+import functools
 import math
 from concurrent.futures import ThreadPoolExecutor
 
@@ -18,6 +19,7 @@ from tqdm import tqdm
 
 from utils import UserError, has_bfloat16
 
+FEW = 4  # tokens that are read at once when writing: for so many oneDNN lays out weights
 LIGHT_ENOUGH = 4_000_000  # weights that a CPU holds in its cache in float32, where fewer bytes gain nothing
 
 
@@ -53,6 +55,28 @@ class Bfloat16Linear(nn.Module):
 
     def forward(self, x):
         return F.linear(x.bfloat16(), self.weight, self.bias).float()
+
+
+class PackedBfloat16Linear(nn.Module):
+    """The same, with the weights laid out once as oneDNN's product reads them; F.linear has it done in every call."""
+
+    def __init__(self, weight, bias):
+        super().__init__()
+        self.packed = torch.ops.mkldnn._reorder_linear_weight(weight.bfloat16(), FEW)
+        self.bias = None if bias is None else bias.bfloat16()
+
+    def forward(self, x):
+        return torch.ops.mkldnn._linear_pointwise(x.bfloat16(), self.packed, self.bias, "none", [], "").float()
+
+
+@functools.lru_cache(maxsize=None)
+def packs_bfloat16():
+    """Can oneDNN lay weights out here? It needs bfloat16 hardware and operations meant for PyTorch's compiler."""
+    try:
+        PackedBfloat16Linear(torch.ones(16, 16), None)(torch.ones(1, 16))
+    except (AttributeError, RuntimeError):
+        return False
+    return True
 
 
 class Float16Linear(nn.Module):
@@ -120,6 +144,8 @@ def lighten(model, how):
     this machine or model cannot have such weights.
     """
     kinds = {"float32": Float32Linear, "bfloat16": Bfloat16Linear, "float16": Float16Linear, "int8": Int8Linear}
+    if how == "bfloat16" and packs_bfloat16():
+        kinds["bfloat16"] = PackedBfloat16Linear
     linears = [m for m in model.modules() if isinstance(m, nn.Linear)]
     if how == "float16" and not has_float16():
         raise UserError("--dtype float16: on a CPU needs an x86 with AVX2; use bfloat16 or float32")
