@@ -268,7 +268,7 @@ def next_token_probs(logits, temperature=1.0, top_k=None, top_p=None, min_p=None
     """
     logits = logits.float()
     if temperature < 1e-5:  # finer than float32 tells logits apart, and dividing by it could overflow
-        return F.one_hot(logits.argmax(dim=-1), logits.size(-1)).float()
+        return torch.zeros_like(logits).scatter(-1, logits.argmax(dim=-1, keepdim=True), 1.0)
     logits = logits / temperature
     if top_k and top_k < logits.size(-1):
         values, ids = logits.topk(top_k, dim=-1)

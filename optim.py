@@ -39,14 +39,35 @@ def build_optimizers(model, options, device):
         matrices = [p for p in model.layers.parameters() if p.dim() == 2]
         rest = [p for p in model.parameters() if not any(p is m for m in matrices)]
         muon = Muon(matrices, lr=options.matrix_lr, weight_decay=options.weight_decay, momentum=0.9)
-        return [muon, torch.optim.AdamW(rest, weight_decay=0.0, eps=1e-10, **adamw)]
+        return [muon, AdamW(rest, weight_decay=0.0, eps=1e-10, **adamw)]
     matrices = [p for p in model.parameters() if p.dim() >= 2]
     vectors = [p for p in model.parameters() if p.dim() < 2]
     groups = [dict(params=matrices, weight_decay=options.weight_decay), dict(params=vectors, weight_decay=0.0)]
-    return [torch.optim.AdamW(groups, **adamw)]
+    return [AdamW(groups, **adamw)]
 
 
-class Muon(getattr(torch.optim, "Muon", object)):  # PyTorch 2.9
+def plain(cls, name):
+    """A method of PyTorch's optimizers as it is, without what keeps torch.compile out of it."""
+    method = getattr(cls, name)
+    return getattr(method, "__wrapped__", method)
+
+
+class WithoutCompiler:
+    """An optimizer that does not load PyTorch's compiler, which takes a second or two at the start of every run."""
+
+    add_param_group = plain(torch.optim.Optimizer, "add_param_group")
+    zero_grad = plain(torch.optim.Optimizer, "zero_grad")
+    state_dict = plain(torch.optim.Optimizer, "state_dict")
+    load_state_dict = plain(torch.optim.Optimizer, "load_state_dict")
+
+
+class AdamW(WithoutCompiler, torch.optim.AdamW):
+    """torch.optim.AdamW."""
+
+    step = torch.no_grad()(plain(torch.optim.AdamW, "step"))
+
+
+class Muon(WithoutCompiler, getattr(torch.optim, "Muon", object)):  # PyTorch 2.9
     """torch.optim.Muon, twice as fast for small models, with singular values nearer to 1.
 
     Matrices of one shape are stacked: one product for all of them instead of one for each. And the polynomial that
