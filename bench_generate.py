@@ -29,7 +29,7 @@ from generate import (
     speculate,
     use_threads,
 )
-from graphs import GraphReader
+from graphs import reader_on
 from lighten import has_float16, join_qkv, lighten
 from model import GPT
 from tokenizer import prompt_tokens
@@ -207,7 +207,7 @@ def our_work(system, work, model, prompt, options):
 
     def beams():
         with use_threads(threads):
-            beam_search(model, prompt, NEW_TOKENS, 4)
+            beam_search(model, prompt, NEW_TOKENS, 4, reader=reader_on(device, model))
 
     works = dict(
         sample=guessed if draft is not None else writing(model, prompt, NEW_TOKENS, threads),
@@ -220,7 +220,7 @@ def our_work(system, work, model, prompt, options):
 
 def writing(model, idx, n, threads=None):
     """A function that writes n tokens after each row of idx (B, T), as sample.py does on the device of idx."""
-    reader = GraphReader(model) if idx.device.type == "cuda" else Reader(model, threads=threads)
+    reader = reader_on(idx.device, model, threads)
 
     def write():
         reader.start = None  # a new text; a step that is recorded stays so

@@ -190,6 +190,11 @@ class Reader:
         """Draw the token that follows each row of text (B, N), as a Sampling says: (B,) int64."""
         return pick(sampling.probs(self.next_logits(text), text), generator)
 
+    def select(self, rows, since):
+        """Make row i of the batch what row `rows[i]` was, from position `since` of the text on (KVCache.select)."""
+        if self.cache is not None:
+            self.cache.select(rows, max(0, since - self.start))
+
     def _begin(self, start):
         """Read from position `start` of the text on, with nothing in the cache."""
         self.start = start
@@ -435,7 +440,15 @@ class Hypothesis:
 
 @torch.inference_mode()
 def beam_search(
-    model, idx, max_new_tokens, num_beams, length_penalty=1.0, is_end=None, use_cache=True, repetition_penalty=1.0
+    model,
+    idx,
+    max_new_tokens,
+    num_beams,
+    length_penalty=1.0,
+    is_end=None,
+    use_cache=True,
+    repetition_penalty=1.0,
+    reader=None,
 ):
     """The num_beams best continuations that a beam search finds, best first: a list of Hypothesis.
 
@@ -443,7 +456,7 @@ def beam_search(
     stay. is_end(tokens) -> bool says that a continuation is complete; without it all have max_new_tokens tokens.
     length_penalty: the exponent of the length by which a score is divided; above 0 favours longer texts, below 0
     shorter ones (Wu et al. 2016, section 7, in the form that is usual today). repetition_penalty: see
-    penalize_repetition; the text of a beam is idx and what it has added.
+    penalize_repetition; the text of a beam is idx and what it has added. reader: a new Reader to read with.
     """
 
     def score(log_prob, length):
@@ -451,7 +464,7 @@ def beam_search(
 
     if max_new_tokens == 0:
         return [Hypothesis(0.0, [])]
-    reader, finished = Reader(model, use_cache), []
+    reader, finished = reader or Reader(model, use_cache), []
     dtype = torch.float32 if idx.device.type == "mps" else torch.float64  # an Apple GPU has no float64
     beams, log_probs = idx, torch.zeros(1, dtype=dtype, device=idx.device)  # (b, T + length), (b,)
     for length in range(1, max_new_tokens + 1):
@@ -482,8 +495,7 @@ def beam_search(
             differ = (beams[rows] != beams).any(dim=0).nonzero()
             since = int(differ[0]) if len(differ) else beams.size(1)
         beams = torch.cat([beams[rows], (kept % V)[:, None]], dim=1)
-        if reader.cache is not None:
-            reader.cache.select(rows, max(0, since - reader.start))
+        reader.select(rows, since)
         # Log-probabilities only fall. When even the best beam can no longer beat what is finished, we are done.
         reach = score(float(log_probs[0]), max_new_tokens if length_penalty > 0 else length + 1)
         if len(finished) == num_beams and finished[-1].score >= reach:

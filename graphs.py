@@ -17,7 +17,7 @@ from dataclasses import astuple
 
 import torch
 
-from generate import Reader, pick
+from generate import Reader, Sampling, pick
 from utils import same_dice
 
 WARM_UP = 3  # runs of a step before it is recorded, in which PyTorch's libraries set themselves up
@@ -148,9 +148,18 @@ class GraphReader(Reader):
 
     def next_tokens(self, text, sampling, generator=None):
         """As Reader.next_tokens. Drawing them is part of the step, unless they depend on all of the text."""
-        if sampling.repetition_penalty != 1 or not self._grown_by_one(text):
+        recorded = type(sampling) is Sampling and sampling.repetition_penalty == 1  # another's Python would not be
+        if not recorded or not self._grown_by_one(text):
             return super().next_tokens(text, sampling, generator)
         return self._replayed(text, sampling, generator).clone()
+
+    def select(self, rows, since):
+        if not self.stale:
+            self.static.give_back(self.cache)
+            self.stale = True
+        if self.static is not None and len(rows) != len(self.token):  # other memory than was recorded
+            self.static, self.steps = None, {}
+        super().select(rows, since)
 
     def _grown_by_one(self, text):
         N = text.size(1)
@@ -209,6 +218,11 @@ class GraphReader(Reader):
             for _ in range(WARM_UP):
                 self._step(size, sampling, generator)
             return record(lambda: self._step(size, sampling, generator), self.token.device, generator)
+
+
+def reader_on(device, model, threads=None):
+    """The Reader for a model on a device: with recorded steps on a CUDA GPU, else with so many CPU threads."""
+    return GraphReader(model) if device.type == "cuda" else Reader(model, threads=threads)
 
 
 @contextlib.contextmanager

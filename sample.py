@@ -30,7 +30,6 @@ from checkpoint import gpt2_tokenizer, load_model
 from draft import Draft
 from generate import (
     FEW,
-    Reader,
     Sampling,
     Speculation,
     beam_search,
@@ -40,7 +39,7 @@ from generate import (
     speculate,
     use_threads,
 )
-from graphs import GraphReader
+from graphs import reader_on
 from lighten import join_qkv, lighten, usual_format
 from tokenizer import prompt_tokens, whole_characters
 from utils import UserError, is_out_of_memory, option, parse_options, pick_device, pick_dtype, run_command
@@ -206,7 +205,7 @@ class Scribe:
         # drawn, which could end in another text.
         measure = device.type == "cpu" and options.num_samples == 1 and at_once <= FEW and options.seed is None
         self.threads = best_threads(model, at_once) if measure else None
-        self.reader = GraphReader(model) if device.type == "cuda" else Reader(model, threads=self.threads)
+        self.reader = reader_on(device, model, self.threads)
         cost = guess_cost(model, options.guesses, self.threads) if self.draft and measure else SEEDED_COST
         self.counts, self.written, self.seconds = Speculation(cost), 0, 0.0
 
@@ -218,8 +217,7 @@ class Scribe:
             same.update(reader=self.reader, counts=self.counts)
             steps = speculate(self.model, idx, o.max_new_tokens, self.draft, o.guesses, **same)
         else:
-            several = GraphReader(self.model) if idx.device.type == "cuda" else None
-            reader = self.reader if len(idx) == 1 else several
+            reader = self.reader if len(idx) == 1 else reader_on(idx.device, self.model)
             steps = generate(self.model, idx, o.max_new_tokens, reader=reader, **same)
         try:
             for step in steps:
@@ -345,7 +343,7 @@ def search(scribe, idx):
         return options.stop in tokenizer.decode(ids)
 
     how = dict(length_penalty=options.length_penalty, repetition_penalty=options.repetition_penalty)
-    how["is_end"] = is_end if options.stop else None
+    how.update(is_end=is_end if options.stop else None, reader=reader_on(idx.device, scribe.model))
     with use_threads(scribe.threads):
         found = beam_search(scribe.model, idx, options.max_new_tokens, options.num_beams, **how)
     scribe.written, scribe.seconds = len(found[0].tokens), time.perf_counter() - start

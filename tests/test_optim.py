@@ -526,8 +526,8 @@ def test_on_a_gpu_no_step_waits_for_the_numbers_that_decide_whether_it_counts(ar
 @pytest.mark.parametrize("arch", ARCHS)
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_all_that_a_step_makes_lies_on_the_device_of_the_model(arch, checkpointing, monkeypatch):
-    monkeypatch.setattr(torch.optim.AdamW, "_step_supports_amp_scaling", True, raising=False)
-    monkeypatch.setattr(torch.optim.AdamW, "step", lambda self: None)
+    monkeypatch.setattr(optim.AdamW, "_step_supports_amp_scaling", True, raising=False)
+    monkeypatch.setattr(optim.AdamW, "step", lambda self: None)
     if checkpointing and torch.cuda.is_available():
         pytest.skip("gradient checkpointing looks up where the random numbers of a GPU stand, on the CPU")
     options = make_options(arch=arch, dropout=0.1, gradient_accumulation_steps=2)

@@ -206,6 +206,32 @@ def test_between_steps_of_fixed_shapes_a_text_may_grow_by_several_tokens(make, a
         text = torch.cat([text, tokens(2, grow, seed=grow)], 1)
 
 
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("num_beams", [1, 4, 11])
+@pytest.mark.parametrize("end", [None, 3])
+def test_a_beam_search_with_steps_of_fixed_shapes_finds_the_same(make, arch, num_beams, end):
+    """Past block_size, and with beams of which some end, so that others take their place in the cache."""
+    model, idx = make(arch), tokens(1, 5)
+    is_end = None if end is None else lambda continuation: continuation[-1] == end and len(continuation) > 6
+    found = beam_search(model, idx, 20, num_beams, is_end=is_end, reader=GraphReader(model))
+    expected = beam_search(model, idx, 20, num_beams, is_end=is_end)
+    assert [h.tokens for h in found] == [h.tokens for h in expected]
+    assert [h.score for h in found] == pytest.approx([h.score for h in expected], abs=1e-5)
+
+
+def test_a_sampling_that_does_more_than_draw_is_no_part_of_a_recorded_step(make):
+    class Counted(Sampling):
+        calls = 0
+
+        def probs(self, logits, text):
+            self.calls += 1
+            return super().probs(logits, text)
+
+    sampling = Counted(temperature=0)
+    written(generate(make("gpt"), tokens(1, 3), 20, sampling=sampling, reader=GraphReader(make("gpt"))))
+    assert sampling.calls == 20
+
+
 @pytest.mark.parametrize(
     "settings", [dict(repetition_penalty=3.0), dict(repetition_penalty=3.0, use_cache=False)], ids=str
 )
