@@ -338,7 +338,7 @@ SIZES = (
 )
 SHARE = 0.4  # of that work a run really makes
 # A GPU is not kept busy by models as small as these. Measured on an H100, with recorded steps:
-GPU_START = 8  # seconds until the first step
+GPU_START = 7  # seconds until the first step
 GPU_LAYER = 4e-4  # seconds that the operations of a layer take in a step, however little there is to do for each
 STEPS_WITHOUT_END = 10**9  # max_iters where the clock ends the run
 

@@ -154,10 +154,10 @@ def test_on_a_gpu_small_models_do_less_work_than_the_products_alone():
     for _, sizes in plan.SIZES:
         assert plan.possible_work(sizes, 1, 8e11, CPU) == 8e11 * 60
     by_size = [plan.possible_work(sizes, 1, 8e14, gpu) for _, sizes in plan.SIZES]
-    assert by_size == sorted(by_size) and by_size[-1] < 8e14 * 52
-    # 52 s after the start, 1.6 ms for the operations of four layers and twice the time of the products
+    assert by_size == sorted(by_size) and by_size[-1] < 8e14 * 53
+    # 53 s after the start, 1.6 ms for the operations of four layers and twice the time of the products
     work = 6 * 12 * 4 * 128**2 * 32 * 64 / 0.4
-    assert plan.possible_work(smallest, 1, 8e14, gpu) == pytest.approx(52 / (1.6e-3 + 2 * work / 8e14) * work)
+    assert plan.possible_work(smallest, 1, 8e14, gpu) == pytest.approx(53 / (1.6e-3 + 2 * work / 8e14) * work)
     assert plan.possible_work(smallest, 0.01, 8e14, gpu) > 0
 
 
