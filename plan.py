@@ -426,9 +426,26 @@ def seconds_of(work):
     return time.perf_counter() - start
 
 
+EVALUATION_WORK = 0.4  # of a step's: a forward pass alone, without dropout
+EVALUATION_SHARE = 0.05  # of a run of minutes, that an evaluation may take
+EVALUATION_TOKENS = 20_000  # fewer would say too little
+
+
 def evaluation_seconds(token_seconds, options, data):
-    """How long an evaluation takes: a forward pass alone, without dropout, is some 40 % of a step's work."""
-    return 0.4 * token_seconds * min(len(data.val), options.eval_iters * options.batch_size * options.block_size)
+    """How long an evaluation takes."""
+    return (
+        EVALUATION_WORK
+        * token_seconds
+        * min(len(data.val), options.eval_iters * options.batch_size * options.block_size)
+    )
+
+
+def evaluation_batches(options, token_seconds, processes=1):
+    """How many batches an evaluation reads in a run of minutes: eval_iters, or as many as fit into EVALUATION_SHARE of
+    the time, but EVALUATION_TOKENS at least."""
+    batch = options.batch_size * options.block_size
+    fitting = EVALUATION_SHARE * 60 * options.minutes / (EVALUATION_WORK * token_seconds * batch / processes)
+    return min(options.eval_iters, max(int(fitting), math.ceil(EVALUATION_TOKENS / batch)))
 
 
 def smaller_setting(options):

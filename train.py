@@ -55,6 +55,7 @@ from plan import (
     check_checkpointing,
     check_directory,
     check_windows,
+    evaluation_batches,
     evaluation_seconds,
     make_directory,
     maybe_compile,
@@ -254,6 +255,7 @@ class Run:
         self.step, self.tokens = 0, 0
         self.best = math.inf  # lowest val loss so far
         self.due = False  # the evaluation of this step: a run stopped before it goes on with it
+        self.eval_iters = options.eval_iters  # most batches in an evaluation
         self.compiled = None  # of a resumed run: whether it began compiled, which rounds otherwise
         self.earlier_seconds = 0.0  # of the processes before this one, where the run was resumed
         self.first_second = None  # when the first step began, in seconds of the run
@@ -378,7 +380,7 @@ class Run:
         o = self.options
         with autocast(self.device, torch.float32 if self.learner.sharded else self.dtype):
             loss = validation_loss(
-                self.model, self.data.val, o.batch_size, o.eval_iters, self.device, progress, self.processes
+                self.model, self.data.val, o.batch_size, self.eval_iters, self.device, progress, self.processes
             )
         if not math.isfinite(loss):  # nothing worth keeping
             return loss
@@ -564,12 +566,18 @@ def train_until(at_end, options, given, processes):
 def look_ahead(run, batches, given):
     """Before the first step: say how long the run will take, and compile where that pays.
 
-    Sets run.reserved; returns how many seconds an evaluation will take.
+    Sets run.reserved and run.eval_iters; returns how many seconds an evaluation will take.
     """
     options = run.options
     x, y = batches.batch(run.step, run.device, run.processes)
     _, token_seconds = run.processes.agree(seconds_per_token(run.learner, x, y))
-    evaluation = evaluation_seconds(token_seconds, options, run.data) / run.processes.world
+    if options.minutes is not None and "eval_iters" not in given:
+        run.eval_iters = evaluation_batches(options, token_seconds, run.processes.world)
+        tokens, val = run.eval_iters * options.batch_size * options.block_size, len(run.data.val)
+        if run.eval_iters < options.eval_iters and tokens < val:
+            print(f"An evaluation reads {tokens:,} of the {val:,} tokens to validate (--eval_iters {run.eval_iters}).")
+    evaluation = evaluation_seconds(token_seconds, replace(options, eval_iters=run.eval_iters), run.data)
+    evaluation /= run.processes.world
     if options.minutes is not None:
         # a picture, a sample and a draft take a second
         run.reserved = min(1.5 + 1.3 * evaluation, 30 * options.minutes)

@@ -22,6 +22,7 @@ from optim import Learner
 from plan import (
     check_checkpointing,
     check_memory,
+    evaluation_batches,
     for_minutes,
     matmul_peak,
     maybe_compile,
@@ -304,6 +305,22 @@ def test_a_step_is_timed_on_one_part_of_it_for_each_core(make_model, monkeypatch
     for rows, T in ((4, 8), (500, 8), (9, 1024), (2, 5000)):
         seconds_per_token(learner, *windows(rows, T))
     assert Counter(seen) == {(4, 8): 3, (128, 8): 6, (1, 1024): 6, (1, 5000): 6}  # three times each
+
+
+@pytest.mark.parametrize(
+    "minutes, token_seconds, processes, batches",
+    [
+        (1, 1e-6, 1, 200),  # all that fit are more than eval_iters
+        (0.1, 1e-3, 1, 100),  # 0.3 s for 20,000 tokens at 2,500 a second: they are read all the same
+        (10, 1e-3, 1, 375),  # 30 s for 200 tokens at 0.4 ms each
+        (10, 1e-3, 2, 750),
+    ],
+)
+def test_an_evaluation_takes_a_twentieth_of_a_run_of_minutes_or_reads_20_000_tokens(
+    minutes, token_seconds, processes, batches
+):
+    options = make_options(minutes=minutes, batch_size=20, block_size=10, eval_iters=200 if batches == 200 else 1000)
+    assert evaluation_batches(options, token_seconds, processes) == batches
 
 
 def test_the_smaller_setting_is_flags_that_train_takes_and_less_work_than_the_default():

@@ -505,6 +505,21 @@ def test_a_run_of_more_than_an_hour_says_so_up_front_and_names_a_smaller_one_tha
     assert "hours" not in capsys.readouterr().out
 
 
+def test_a_run_of_minutes_reads_less_of_the_val_split_where_that_would_take_long_and_says_so(run, capsys, monkeypatch):
+    monkeypatch.setattr(plan, "EVALUATION_TOKENS", 64)
+    monkeypatch.setattr(train, "seconds_per_token", lambda *_: 1e3)
+    read, whole = [], train.validation_loss
+    monkeypatch.setattr(train, "validation_loss", lambda *args: read.append(args[3]) or whole(*args))
+    timed = dict(minutes=0.02, max_iters=2, not_given=["max_iters"])
+    run("short", **timed)
+    val = len(TEXT) - int(0.9 * len(TEXT))
+    said = f"An evaluation reads 64 of the {val} tokens to validate (--eval_iters 2).\n"
+    assert said in capsys.readouterr().out and read == [2]
+    run("given", **timed, eval_iters=3)
+    run("steps", max_iters=2, eval_interval=2)
+    assert "An evaluation" not in capsys.readouterr().out and read == [2, 3, 200]
+
+
 def test_compile_is_left_out_where_it_would_not_pay_and_where_it_is_switched_off(run, capsys, monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda model: pytest.fail("compiled"))
     run("default", not_given=["compile"], compile=True, max_iters=2)
