@@ -18,9 +18,14 @@ from dataclasses import astuple
 import torch
 
 from generate import Reader, Sampling, pick
-from utils import same_dice
+from utils import same_dice, torch_version
 
 WARM_UP = 3  # runs of a step before it is recorded, in which PyTorch's libraries set themselves up
+
+
+def can_be_recorded(device):
+    """Are steps recorded on this device? On NVIDIA GPUs alone, where that was tried, and from PyTorch 2.4 on."""
+    return device.type == "cuda" and not torch.version.hip and torch_version() >= (2, 4)
 
 
 def record(step, device, generator=None):
@@ -35,7 +40,7 @@ def record(step, device, generator=None):
     with torch.cuda.device(device):
         graph = torch.cuda.CUDAGraph()
         if generator is not None:
-            graph.register_generator_state(generator)  # PyTorch 2.4
+            graph.register_generator_state(generator)
         # Other threads, such as one that saves the run, may go on.
         with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             results = step()
@@ -221,8 +226,8 @@ class GraphReader(Reader):
 
 
 def reader_on(device, model, threads=None):
-    """The Reader for a model on a device: with recorded steps on a CUDA GPU, else with so many CPU threads."""
-    return GraphReader(model) if device.type == "cuda" else Reader(model, threads=threads)
+    """The Reader for a model on a device: with recorded steps where there are any, else with so many CPU threads."""
+    return GraphReader(model) if can_be_recorded(device) else Reader(model, threads=threads)
 
 
 @contextlib.contextmanager

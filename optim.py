@@ -9,15 +9,10 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 
 from distributed import ALONE
-from graphs import RecordedStep
+from graphs import RecordedStep, can_be_recorded
 from model import dice
 from sharding import by_whole_matrices, is_sharded, own, read_tensors, spread, whole
-from utils import UserError, autocast, has_bfloat16
-
-
-def can_be_recorded(device):
-    """Can a step be recorded as a CUDA graph? Its learning rates are then tensors, which a replay reads anew."""
-    return device.type == "cuda" and tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 4)
+from utils import UserError, autocast, has_bfloat16, torch_version
 
 
 def build_optimizers(model, options, device):
@@ -27,12 +22,11 @@ def build_optimizers(model, options, device):
     Weight decay is for matrices alone, not for biases, norms and other vectors.
     """
     adamw = dict(lr=options.learning_rate, betas=(options.beta1, options.beta2))
-    version = tuple(int(part) for part in torch.__version__.split(".")[:2])
     since = dict(cuda=(2, 1), cpu=(2, 4)).get(device.type)  # a GPU's in 2.0.0 does not heed found_inf (Learner.update)
-    if since is not None and version >= since:
+    if since is not None and torch_version() >= since:
         adamw["fused"] = True
     if can_be_recorded(device):
-        adamw["capturable"] = True
+        adamw["capturable"] = True  # its learning rates are then tensors, which a replay reads anew
     if options.arch == "modern":
         if not hasattr(torch.optim, "Muon"):
             raise UserError(f"--arch modern needs PyTorch 2.9 or newer for its Muon optimizer, not {torch.__version__}")
@@ -159,12 +153,21 @@ def averaging(model, processes):
         )
 
 
+def has_copy(device, dtype, processes, sharded):
+    """Does a bfloat16 copy of the model do a Learner's arithmetic, for so many processes, each with such a device?"""
+    on_device = device.type == "cpu" or (device.type == "cuda" and processes == 1)
+    return dtype == torch.bfloat16 and on_device and not sharded
+
+
 class Learner:
     """A model and all that changes it.
 
-    On a GPU the model computes under autocast, and its float32 weights learn. On a CPU with bfloat16 hardware a
-    bfloat16 copy of the model does the arithmetic: autocast's casts of every weight and activation cost a small model
-    half its time. Each step adds the copy's gradients up in float32, updates the float32 weights, and copies them over.
+    In bfloat16, on a CPU or on a GPU that works alone, a copy of the model does the arithmetic: autocast's casts of
+    every weight and activation cost a small model half its time. Each step adds the copy's gradients up in float32,
+    updates the float32 weights, and copies them over. Several GPUs, float16 and an Apple GPU compute under autocast,
+    and the float32 weights learn.
+
+    On an NVIDIA GPU that works alone the steps are recorded, all but the first, and replayed (graphs.RecordedStep).
 
     Several processes have the same weights, and average the gradients of their shares of the batch: by PyTorch's
     DistributedDataParallel while the backward pass is still at work, or, where a bfloat16 copy computes, in one message
@@ -181,8 +184,7 @@ class Learner:
         self.scaler = Scaler(enabled=dtype == torch.float16)
         self.weights = list(model.parameters())
         self.sharded = is_sharded(model)
-        alone_on_gpu = device.type == "cuda" and processes.world == 1
-        self.copied = dtype == torch.bfloat16 and not self.sharded and (device.type == "cpu" or alone_on_gpu)
+        self.copied = has_copy(device, dtype, processes.world, self.sharded)
         self.worker = copy.deepcopy(model).to(dtype) if self.copied else model
         self.copies = list(self.worker.parameters())
         self.averaging = None  # the DistributedDataParallel, where there is one
@@ -193,7 +195,7 @@ class Learner:
         self.skipped = torch.zeros(2, device=device)  # steps skipped for bad numbers: in all, and in a row until now
         self.pools = {}  # number of threads -> the threads
         self.recorded = None
-        if alone_on_gpu and not self.sharded and can_be_recorded(device):
+        if processes.world == 1 and not self.sharded and can_be_recorded(device):
             self.recorded = RecordedStep(self.take_step, device)
 
     def rows_at_once(self, T):
@@ -361,6 +363,8 @@ class Learner:
         if state["scaler"]:  # {} where the run was not in float16 until now
             self.scaler.load_state_dict(state["scaler"])
         if "skipped" in state:  # not in states of before there was such a count
-            self.skipped = state["skipped"].to(self.device)
+            self.skipped.copy_(state["skipped"])
+        if self.recorded is not None:  # what was recorded until now works on the memory that the optimizers had
+            self.recorded = RecordedStep(self.take_step, self.device)
         if self.copied:
             self.refresh()

@@ -260,6 +260,11 @@ def pick_device(name=None):
     return device
 
 
+def torch_version():
+    """PyTorch's version: (2, 4) for 2.4.1."""
+    return tuple(int(part) for part in torch.__version__.split(".")[:2])
+
+
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 

@@ -20,7 +20,8 @@ import plan
 import train
 import utils
 from data import load_data, validation_loss
-from graphs import RecordedStep
+from generate import Reader
+from graphs import GraphReader, RecordedStep
 from model import Dropout, attention, attention_written_out, dropout
 from optim import Learner, build_optimizers, lr_share
 from utils import UserError, autocast, random_states, restore_random_states
@@ -592,6 +593,44 @@ def test_recorded_steps_change_the_weights_as_others_do(arch, dtype, monkeypatch
         torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
     assert_same_weights(plain.model, recorded.model, atol=1e-5)
     assert torch.equal(plain.skipped, recorded.skipped)
+
+
+def test_after_going_back_to_a_state_steps_are_recorded_anew(monkeypatch):
+    """What was recorded before works on the memory that the optimizers had then."""
+    monkeypatch.setattr(graphs, "record", replayed)
+    learner = make_learner()
+    record_steps(learner)
+    skipped = learner.skipped
+    take_steps(learner, make_batch(learner.options, steps=5))
+    before = learner.recorded
+    assert before.replay is not None
+    learner.load_state_dict({**learner.state_dict(), "skipped": torch.tensor([3.0, 1.0])})
+    assert learner.recorded is not before and learner.recorded.replay is None
+    assert learner.skipped is skipped and skipped.tolist() == [3, 1]
+
+
+@pytest.mark.parametrize(
+    "device, version, hip, recorded",
+    [
+        ("cuda", "2.4.0+cu121", None, True),
+        ("cuda", "2.10.0", None, True),
+        ("cuda", "2.3.1", None, False),
+        ("cuda", "2.0.0", None, False),
+        ("cuda", "2.10.0+rocm7.0", "7.0", False),
+        ("cpu", "2.10.0", None, False),
+        ("mps", "2.10.0", None, False),
+    ],
+)
+def test_steps_are_recorded_on_nvidia_gpus_alone_and_from_pytorch_2_4_on(
+    monkeypatch, make_model, device, version, hip, recorded
+):
+    monkeypatch.setattr(torch, "__version__", version)
+    monkeypatch.setattr(torch.version, "hip", hip)
+    device, options = torch.device(device), make_options()
+    assert graphs.can_be_recorded(device) == recorded
+    assert type(graphs.reader_on(device, make_model())) is (GraphReader if recorded else Reader)
+    (adamw,) = build_optimizers(plan.build_model(options, VOCAB), options, device)
+    assert all(group["capturable"] == recorded for group in adamw.param_groups)
 
 
 def test_a_step_with_gradient_checkpointing_is_not_recorded(monkeypatch):
