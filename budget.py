@@ -17,9 +17,10 @@ from typing import Optional
 import torch
 
 from draft import MOST_TOKENS
+from graphs import WARM_UP, can_be_recorded
 from model import GPT
 from modern import Modern, ModernConfig
-from optim import Learner
+from optim import Learner, has_copy
 from plan import (
     begin_from,
     check_windows,
@@ -73,9 +74,14 @@ class Place:
         return 4 if self.dtype == torch.float32 else 2
 
     @property
+    def copied(self):
+        """Does a copy of the model in the number format of the products do the arithmetic, as a Learner has it?"""
+        return has_copy(self.device, self.dtype, self.processes, self.shard)
+
+    @property
     def stream(self):
-        """Bytes of a number in the residual stream: under autocast, which only a GPU's whole model has, float32."""
-        return self.item if self.device.type == "cpu" or self.shard else 4
+        """Bytes of a number in the residual stream: float32 under autocast, which neither a copy nor a part has."""
+        return self.item if self.copied or self.shard else 4
 
     @property
     def mask(self):
@@ -154,7 +160,7 @@ def micro_batch(options, place):
     if place.device.type != "cpu":
         return rows, 1
     rows = min(rows, max(1, 1024 // options.block_size))
-    by_threads = place.processes == 1 or (place.item == 2 and not place.shard)  # else PyTorch averages by itself
+    by_threads = place.processes == 1 or place.copied  # else PyTorch averages by itself
     if options.gradient_checkpointing or not by_threads:
         return rows, 1
     return rows, min(math.ceil(windows / rows), torch.get_num_threads())
@@ -236,8 +242,7 @@ def memory(model, options, place, data):
     rows, at_once = micro_batch(options, place)
     weights, means = weight_bytes(model)
     products = weights * item // 4
-    name, copied = str(place.dtype)[6:], item == 2 and not place.shard
-    kept_by = "float32"
+    name, kept_by = str(place.dtype)[6:], "float32"
     if place.shard:
         gathered = gathered_bytes(model, item)
         weights, means, kept_by = (
@@ -250,7 +255,7 @@ def memory(model, options, place, data):
         ("weights", weights, kept_by),
         ("optimizer", means, "Muon, AdamW" if isinstance(model, Modern) else "AdamW: two means of each weight"),
     ]
-    if copied:
+    if item == 2 and not place.shard:
         always.append(("weights for the products", products, name))
     if place.shard:
         always.append(("weights gathered", gathered, f"{name}, of two layers and of all that is in none"))
@@ -266,7 +271,7 @@ def memory(model, options, place, data):
     ]
     if place.shard:
         step.insert(1, ("gradients not yet shared", gathered * 4 // item, "float32, of as many"))
-    elif on_cpu:
+    elif on_cpu or place.copied:
         step.insert(1, ("gradients of each part", at_once * products, f"{times}{name}"))
     if on_cpu:
         spare = SPARE_RECOMPUTED if options.gradient_checkpointing else SPARE
@@ -276,13 +281,14 @@ def memory(model, options, place, data):
         step.append(("Muon's products", 3 * (2 * weights - means), "of the matrices"))
     tokens = options.batch_size * config.block_size
     evaluation = [("an evaluation", evaluation_bytes(config, tokens, place), f"of {tokens:,} tokens")]
-    if on_cpu and copied:
+    if place.copied:
         evaluation.append(("its weights", products, f"{name}, for autocast"))
     if on_cpu and data is not None:
         counted = min(len(data.train), MOST_TOKENS)
         if DRAFT_BYTES * counted > sum(size for _, size, _ in evaluation):
             evaluation = [("counts for draft.py", DRAFT_BYTES * counted, f"of {counted:,} tokens, at the end")]
-    if on_cpu and at_once > 1:  # what other threads took they keep for themselves, and this comes on top of it
+    recorded = can_be_recorded(place.device) and place.processes == 1 and not options.gradient_checkpointing
+    if at_once > 1 or recorded:  # what other threads or a graph took they keep for themselves; this comes on top of it
         return always, step + evaluation, []
     return always, step, evaluation
 
@@ -301,7 +307,7 @@ def step_seconds(config, options, place, data):
     token_seconds = seconds_per_token(learner, x, y)
     rows = min(len(x), learner.rows_at_once(x.size(1)) * torch.get_num_threads())
     update = math.inf  # of the weights, which each step has once
-    for _ in range(3):
+    for _ in range(WARM_UP + 3 if learner.records else 3):  # the first ones are not replayed
         start = time.perf_counter()
         learner.step(x[:rows], y[:rows], 0.0)[0].item()  # waits for the device
         update = min(update, time.perf_counter() - start - token_seconds * rows * x.size(1))

@@ -13,11 +13,13 @@ import torch
 import torch.nn.functional as F
 
 import budget
+import graphs
 import model as model_module
 import modern as modern_module
 import train
 from budget import Place
 from checkpoint import save_model, save_state
+from data import TextData
 from model import GPT, GPTConfig
 from modern import Modern, ModernConfig
 from optim import Learner
@@ -138,13 +140,28 @@ def test_what_a_cpu_keeps_for_the_backward_pass_is_what_is_planned(arch, dtype, 
         assert kept(model, rows) == pytest.approx(planned(config, make_place(CPU, dtype), rows), rel=0.04)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("arch", ARCHS)
-def test_what_a_gpu_keeps_is_planned_from_the_same_operations_under_autocast(monkeypatch, arch, dtype):
-    """As a GPU does it: fused attention, and norms in float32. Weights' low copies count among the weights."""
+@pytest.fixture
+def fused_attention(monkeypatch):
+    """Attention as a GPU has it."""
     fused = lambda q, k, v, dropout=0.0, mask=None: F.scaled_dot_product_attention(q, k, v, is_causal=True)  # noqa: E731
     for module in (model_module, modern_module):
         monkeypatch.setattr(module, "attention", fused)
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_what_a_gpu_that_works_alone_keeps_is_planned_from_a_bfloat16_copy(fused_attention, arch):
+    config = make_config(arch)
+    model = make_model(config).bfloat16().train()
+    for rows in (1, 4):
+        assert kept(model, rows) == pytest.approx(planned(config, make_place(GPU, torch.bfloat16), rows), rel=0.04)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("arch", ARCHS)
+def test_what_several_gpus_keep_is_planned_from_the_same_operations_under_autocast(
+    fused_attention, monkeypatch, arch, dtype
+):
+    """As a GPU does it: norms in float32. Weights' low copies count among the weights."""
     norm = modern_module.norm
     monkeypatch.setattr(modern_module, "norm", lambda x: norm(x.float()))
     config = make_config(arch)
@@ -155,7 +172,7 @@ def test_what_a_gpu_keeps_is_planned_from_the_same_operations_under_autocast(mon
     matrices += 0 if arch == "modern" else config.vocab_size * config.n_embd
     for rows in (1, 4):
         found = kept(model, rows, dtype if low else None) - (2 * matrices if low else 0)
-        assert found == pytest.approx(planned(config, make_place(GPU, dtype), rows), rel=0.04)
+        assert found == pytest.approx(planned(config, make_place(GPU, dtype, processes=2), rows), rel=0.04)
 
 
 @pytest.mark.parametrize("arch", ARCHS)
@@ -254,6 +271,39 @@ def test_on_gpus_a_batch_goes_through_at_once_and_processes_share_what_there_is(
     options = make_options(batch_size=8, gradient_accumulation_steps=4)
     for processes, rows in ((1, 8), (2, 8), (4, 8), (8, 4), (32, 1)):
         assert budget.micro_batch(options, make_place(GPU, processes=processes)) == (rows, 1)
+
+
+def test_a_gpu_that_works_alone_has_a_copy_and_its_gradients_and_evaluates_beside_a_recorded_step():
+    model, low = budget.empty_model(make_config("gpt")), torch.bfloat16
+    weights = sum(4 * p.numel() for p in model.parameters())
+    for checkpointing in (False, True):
+        options = make_options(gradient_checkpointing=checkpointing)
+        always, step, evaluation = budget.memory(model, options, make_place(GPU, low), None)
+        sizes = {part: size for part, size, _ in [*always, *step, *evaluation]}
+        assert sizes["weights"] == sizes["gradients"] == weights
+        for part in ("weights for the products", "gradients of each part", "its weights"):
+            assert sizes[part] == weights / 2
+        assert (evaluation == []) == (not checkpointing), "a graph keeps its memory"
+    _, step, evaluation = budget.memory(model, make_options(), make_place(GPU, low, processes=2), None)
+    assert [part for part, _, _ in step] == ["gradients", "activations", "logits"]
+    assert [part for part, _, _ in evaluation] == ["an evaluation"]
+
+
+def test_a_step_is_timed_as_it_is_replayed(monkeypatch):
+    """Where steps are recorded: not one of the first, which take longer."""
+    made = []
+
+    class Recording(Learner):
+        def __init__(self, *args):
+            super().__init__(*args)
+            self.recorded = graphs.RecordedStep(self.take_step, self.device)
+            made.append(self)
+
+    monkeypatch.setattr(budget, "Learner", Recording)
+    tokens = torch.zeros(5000, dtype=torch.int64)
+    data = TextData(tokens, tokens[:500], CharTokenizer("ab"), 500, "")
+    budget.step_seconds(make_config("gpt", vocab_size=2), make_options(), make_place(), data)
+    assert made[0].recorded.replay is not None and made[0].recorded.calls > graphs.WARM_UP + 1
 
 
 def test_the_peak_has_what_is_always_there_and_the_larger_of_a_step_and_an_evaluation():
