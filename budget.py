@@ -302,6 +302,8 @@ def step_seconds(config, options, place, data):
     model = (Modern if isinstance(config, ModernConfig) else GPT)(config).to(place.device).train()
     model.gradient_checkpointing = options.gradient_checkpointing
     learner = Learner(model, options, place.device, place.dtype)
+    if place.processes > 1:
+        learner.recorded = None  # nor is a step of theirs
     windows = options.batch_size * options.gradient_accumulation_steps
     x, y = data.batches(windows, options.block_size, options.seed).batch(0, place.device)
     token_seconds = seconds_per_token(learner, x, y)

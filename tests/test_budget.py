@@ -289,8 +289,9 @@ def test_a_gpu_that_works_alone_has_a_copy_and_its_gradients_and_evaluates_besid
     assert [part for part, _, _ in evaluation] == ["an evaluation"]
 
 
-def test_a_step_is_timed_as_it_is_replayed(monkeypatch):
-    """Where steps are recorded: not one of the first, which take longer."""
+@pytest.mark.parametrize("processes", [1, 2])
+def test_where_steps_are_recorded_one_is_timed_that_is_replayed(monkeypatch, processes):
+    """Not one of the first, which take longer; the steps of several processes are not recorded."""
     made = []
 
     class Recording(Learner):
@@ -302,8 +303,10 @@ def test_a_step_is_timed_as_it_is_replayed(monkeypatch):
     monkeypatch.setattr(budget, "Learner", Recording)
     tokens = torch.zeros(5000, dtype=torch.int64)
     data = TextData(tokens, tokens[:500], CharTokenizer("ab"), 500, "")
-    budget.step_seconds(make_config("gpt", vocab_size=2), make_options(), make_place(), data)
-    assert made[0].recorded.replay is not None and made[0].recorded.calls > graphs.WARM_UP + 1
+    place = make_place(processes=processes)
+    budget.step_seconds(make_config("gpt", vocab_size=2), make_options(), place, data)
+    recorded = made[0].recorded
+    assert recorded is None if processes > 1 else recorded.replay and recorded.calls > graphs.WARM_UP + 1
 
 
 def test_the_peak_has_what_is_always_there_and_the_larger_of_a_step_and_an_evaluation():
