@@ -25,7 +25,6 @@ from model import GPT
 
 MAX_BATCH = 4  # texts side by side; with more of them, PyTorch's matrix products are the better ones
 MAX_EMBD = 4096  # channels, up to which a program holds whole rows of all weights in its registers
-OVERLAP = True  # start a kernel while the one before still runs, where the GPU can
 ROWS = 4  # of W, for a program: so few that N = 768 of them keep the 132 multiprocessors of an H100 busy
 MANY_ROWS, MANY = 16, 16384  # the same from so many rows on, as in lm_head: each program makes its own LayerNorm
 PER_THREAD = 16  # weights of each row, for a thread: in 16 bits twice what a thread reads at once
@@ -185,7 +184,7 @@ class FusedStep:
     def __init__(self, model, cache, position):
         c, p = model.config, model.lm_head.weight
         self.model, self.cache, self.position, self.B = model, cache, position, cache.layers[0].k.size(0)
-        self.overlap = OVERLAP and p.is_cuda and torch.cuda.get_device_capability(p.device) >= (9, 0)
+        self.overlap = p.is_cuda and torch.cuda.get_device_capability(p.device) >= (9, 0)  # see `wait`
         sizes = (c.n_embd, 3 * c.n_embd, c.n_embd, 4 * c.n_embd, c.vocab_size)
         self.x, self.qkv, self.y, self.h, self.logits = (
             torch.empty(self.B, n, dtype=torch.float32, device=p.device) for n in sizes

@@ -135,7 +135,6 @@ class GraphReader(Reader):
     """A Reader that replays its step where a text has grown by one token; all else it reads as a Reader does."""
 
     SHORTEST = 256  # positions that the shortest step looks at
-    FUSED = True  # use fused.py where that can be
 
     def __init__(self, model, pad=None):
         super().__init__(model, pad=pad)
@@ -197,7 +196,7 @@ class GraphReader(Reader):
 
     def _fused_step(self):
         """fused.FusedStep, where it can be used for this model and text, else None."""
-        if not self.FUSED or self.pad is not None:
+        if self.pad is not None:
             return None
         try:
             import fused
