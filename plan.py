@@ -433,11 +433,8 @@ EVALUATION_TOKENS = 20_000  # fewer would say too little
 
 def evaluation_seconds(token_seconds, options, data):
     """How long an evaluation takes."""
-    return (
-        EVALUATION_WORK
-        * token_seconds
-        * min(len(data.val), options.eval_iters * options.batch_size * options.block_size)
-    )
+    tokens = min(len(data.val), options.eval_iters * options.batch_size * options.block_size)
+    return EVALUATION_WORK * token_seconds * tokens
 
 
 def evaluation_batches(options, token_seconds, processes=1):
