@@ -287,7 +287,8 @@ def memory(model, options, place, data):
         counted = min(len(data.train), MOST_TOKENS)
         if DRAFT_BYTES * counted > sum(size for _, size, _ in evaluation):
             evaluation = [("counts for draft.py", DRAFT_BYTES * counted, f"of {counted:,} tokens, at the end")]
-    recorded = can_be_recorded(place.device) and place.processes == 1 and not options.gradient_checkpointing
+    recorded = options.record and can_be_recorded(place.device) and place.processes == 1
+    recorded = recorded and not options.gradient_checkpointing
     if at_once > 1 or recorded:  # what other threads or a graph took they keep for themselves; this comes on top of it
         return always, step + evaluation, []
     return always, step, evaluation

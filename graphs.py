@@ -18,7 +18,7 @@ from dataclasses import astuple
 import torch
 
 from generate import Reader, Sampling, pick
-from utils import same_dice, torch_version
+from utils import UserError, is_out_of_memory, same_dice, torch_version
 
 WARM_UP = 3  # runs of a step before it is recorded, in which PyTorch's libraries set themselves up
 
@@ -32,7 +32,7 @@ def record(step, device, generator=None):
     """Record what step() asks of a CUDA GPU. Returns (a function that lets it do that, the tensors that step returned).
 
     On other devices, as in the tests, that function does the step anew. The tensors keep their places. generator: the
-    torch.Generator from which the step draws, where it is not PyTorch's own.
+    torch.Generator from which the step draws, where it is not PyTorch's own. Raises UserError where it cannot be done.
     """
     if device.type != "cuda":
         results = step()
@@ -41,9 +41,17 @@ def record(step, device, generator=None):
         graph = torch.cuda.CUDAGraph()
         if generator is not None:
             graph.register_generator_state(generator)
-        # Other threads, such as one that saves the run, may go on.
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-            results = step()
+        try:  # other threads, such as one that saves the run, may go on
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+                results = step()
+        except RuntimeError as error:
+            if is_out_of_memory(error):
+                raise
+            reason = (str(error).strip().splitlines() or [""])[0][:150]
+            raise UserError(
+                f"a step cannot be recorded as a CUDA graph ({reason}): something in it may wait for the GPU, "
+                f"as .item() does; add --no-record to train.py, or --device cpu to sample.py"
+            ) from error
     return graph.replay, results
 
 

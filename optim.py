@@ -195,7 +195,7 @@ class Learner:
         self.skipped = torch.zeros(2, device=device)  # steps skipped for bad numbers: in all, and in a row until now
         self.pools = {}  # number of threads -> the threads
         self.recorded = None
-        if processes.world == 1 and not self.sharded and can_be_recorded(device):
+        if options.record and processes.world == 1 and not self.sharded and can_be_recorded(device):
             self.recorded = RecordedStep(self.take_step, device)
 
     def rows_at_once(self, T):

@@ -41,7 +41,7 @@ EVALUATIONS = 10  # in the whole of a fine-tuning
 
 # Of a resumed run these may change; everything else would make it another run.
 MAY_CHANGE = {"resume", "data", "out_dir", "max_iters", "minutes", "eval_interval", "eval_iters", "log_interval"}
-MAY_CHANGE |= {"keep", "sample_interval", "device", "compile", "gradient_checkpointing", "fresh", "shard"}
+MAY_CHANGE |= {"keep", "sample_interval", "device", "compile", "gradient_checkpointing", "fresh", "shard", "record"}
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -150,6 +150,7 @@ class TrainOptions:
         choices=("float32", "bfloat16", "float16"),
     )
     compile: bool = option(True, "compile the model; left to the default, only where it earns back its time")
+    record: bool = option(True, "on one NVIDIA GPU, record a step and replay it: its Python then runs only a few times")
     gradient_checkpointing: bool = option(False, "compute activations again in the backward pass, to save memory")
     shard: bool = option(False, "spread weights, gradients and optimizer over torchrun's processes (PyTorch 2.6)")
 

@@ -1,5 +1,6 @@
 """optim.py, and the fast paths of model.py that training takes: a step is what plain PyTorch does, in every format."""
 
+import contextlib
 import copy
 import io
 import math
@@ -631,6 +632,27 @@ def test_steps_are_recorded_on_nvidia_gpus_alone_and_from_pytorch_2_4_on(
     assert type(graphs.reader_on(device, make_model())) is (GraphReader if recorded else Reader)
     (adamw,) = build_optimizers(plan.build_model(options, VOCAB), options, device)
     assert all(group["capturable"] == recorded for group in adamw.param_groups)
+
+
+def test_a_step_that_cannot_be_recorded_names_the_flag_in_one_line_and_full_memory_stays_that(monkeypatch):
+    for name in ("device", "graph"):
+        monkeypatch.setattr(torch.cuda, name, lambda *_, **__: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: None)
+
+    def fail(words):
+        raise RuntimeError(words)
+
+    with pytest.raises(UserError, match=r"\(not permitted .* capturing\).*\.item\(\).*add --no-record to") as error:
+        graphs.record(lambda: fail("not permitted when stream is capturing\nand more"), torch.device("cuda"))
+    assert "\n" not in str(error.value)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        graphs.record(lambda: fail("CUDA out of memory. Tried to"), torch.device("cuda"))
+
+
+def test_steps_are_recorded_unless_that_is_switched_off(monkeypatch):
+    monkeypatch.setattr(optim, "can_be_recorded", lambda device: True)
+    monkeypatch.setattr(optim, "build_optimizers", lambda *_: [])
+    assert make_learner().records and not make_learner(record=False).records
 
 
 def test_a_step_with_gradient_checkpointing_is_not_recorded(monkeypatch):
