@@ -17,10 +17,10 @@ from typing import Optional
 import torch
 
 from draft import MOST_TOKENS
-from graphs import WARM_UP, can_be_recorded
+from graphs import WARM_UP
 from model import GPT
 from modern import Modern, ModernConfig
-from optim import Learner, has_copy
+from optim import Learner, has_copy, has_recording
 from plan import (
     begin_from,
     check_windows,
@@ -287,8 +287,7 @@ def memory(model, options, place, data):
         counted = min(len(data.train), MOST_TOKENS)
         if DRAFT_BYTES * counted > sum(size for _, size, _ in evaluation):
             evaluation = [("counts for draft.py", DRAFT_BYTES * counted, f"of {counted:,} tokens, at the end")]
-    recorded = options.record and can_be_recorded(place.device) and place.processes == 1
-    recorded = recorded and not options.gradient_checkpointing
+    recorded = has_recording(options, place.device, place.processes) and not options.gradient_checkpointing
     if at_once > 1 or recorded:  # what other threads or a graph took they keep for themselves; this comes on top of it
         return always, step + evaluation, []
     return always, step, evaluation

@@ -39,7 +39,7 @@ from model import GPT, GPTConfig
 from modern import Modern, ModernConfig
 from sharding import file_sum, write_tensors
 from tokenizer import ByteTokenizer, CharTokenizer, load_tokenizer, save_tokenizer
-from utils import UserError, missing_extra, sync_directory, write_atomically, write_json
+from utils import UserError, first_line, missing_extra, sync_directory, write_atomically, write_json
 
 METRICS = "metrics.jsonl"
 MODERN_TYPE = "nanogpt-modern"  # in config.json, where a GPT has "gpt2"
@@ -72,7 +72,7 @@ def _load_torch(path):
     except pickle.UnpicklingError:
         raise UserError(f"{path}: is damaged, or a pickle that could run code; it was not loaded") from None
     except Exception as error:  # a damaged file shows as one of a dozen classes, depending on where the damage lies
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = first_line(error) or type(error).__name__
         raise UserError(f"{path}: cannot be read, it may be truncated ({reason})") from None
 
 

@@ -20,7 +20,7 @@ import sys
 
 from tqdm import tqdm
 
-from utils import UserError, missing_extra
+from utils import UserError, first_line, missing_extra
 
 KINDS = (".txt", ".jsonl", ".parquet")
 BLOCK = 2**20  # bytes that are read at once
@@ -225,7 +225,7 @@ def _read_parquet(path, field, count):
 
 
 def _first_line(error):
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:150]
+    return (first_line(error) or type(error).__name__)[:150]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -23,7 +23,7 @@ import warnings
 import torch
 import torch.distributed as dist
 
-from utils import UserError, pick_device
+from utils import UserError, first_line, pick_device
 
 TOLD = "error"  # the key in the store that they share under which a process says that it ends with an error
 LISTEN_SECONDS = 0.5  # how often the others look there
@@ -192,7 +192,7 @@ def job():
         if not processes.speaks():
             end_after_the_speaker()
         if is_loss(error):
-            reason = str(error).strip().splitlines()[0]
+            reason = first_line(error)
             reason = re.sub(r"^\[[^]]*\] ", "", reason)[:100]  # gloo begins with its own place
             raise UserError(
                 f"another process of this run has ended, or cannot be reached ({reason}); go on with --resume"

@@ -22,6 +22,7 @@ import triton
 import triton.language as tl
 
 from model import GPT
+from utils import first_line
 
 MAX_BATCH = 4  # texts side by side; with more of them, PyTorch's matrix products are the better ones
 MAX_EMBD = 4096  # channels, up to which a program holds whole rows of all weights in its registers
@@ -164,7 +165,7 @@ def fused_step(model, cache, position, token):
     try:
         step(token)
     except Exception as error:  # Triton needs a C compiler and Python's headers, and raises many kinds of errors
-        say(f"fused.py is not used, and writing is slower: {(str(error) or repr(error)).strip().splitlines()[0]}")
+        say(f"fused.py is not used, and writing is slower: {first_line(error) or repr(error)}")
         return None
     return step
 

@@ -18,7 +18,7 @@ from dataclasses import astuple
 import torch
 
 from generate import Reader, Sampling, pick
-from utils import UserError, is_out_of_memory, same_dice, torch_version
+from utils import UserError, first_line, is_out_of_memory, same_dice, torch_version
 
 WARM_UP = 3  # runs of a step before it is recorded, in which PyTorch's libraries set themselves up
 
@@ -47,10 +47,9 @@ def record(step, device, generator=None):
         except RuntimeError as error:
             if is_out_of_memory(error):
                 raise
-            reason = (str(error).strip().splitlines() or [""])[0][:150]
             raise UserError(
-                f"a step cannot be recorded as a CUDA graph ({reason}): something in it may wait for the GPU, "
-                f"as .item() does; add --no-record to train.py, or --device cpu to sample.py"
+                f"a step cannot be recorded as a CUDA graph ({first_line(error)[:150]}): something in it may wait for "
+                f"the GPU, as .item() does; add --no-record to train.py, or --device cpu to sample.py"
             ) from error
     return graph.replay, results
 
@@ -153,9 +152,7 @@ class GraphReader(Reader):
     def next_logits(self, text, last=1):
         if last == 1 and self._grown_by_one(text):
             return self._replayed(text)[:, -1].to(torch.float32, copy=True)  # the next step overwrites them
-        if not self.stale:
-            self.static.give_back(self.cache)
-        self.stale = True
+        self._give_back()
         return super().next_logits(text, last)
 
     def next_tokens(self, text, sampling, generator=None):
@@ -166,12 +163,16 @@ class GraphReader(Reader):
         return self._replayed(text, sampling, generator).clone()
 
     def select(self, rows, since):
-        if not self.stale:
-            self.static.give_back(self.cache)
-            self.stale = True
+        self._give_back()
         if self.static is not None and len(rows) != len(self.token):  # other memory than was recorded
             self.static, self.steps = None, {}
         super().select(rows, since)
+
+    def _give_back(self):
+        """Before other things than a replay go on with the cache."""
+        if not self.stale:
+            self.static.give_back(self.cache)
+            self.stale = True
 
     def _grown_by_one(self, text):
         N = text.size(1)
@@ -223,9 +224,7 @@ class GraphReader(Reader):
 
     def _prepare(self, size, sampling, generator):
         """Get a step ready that looks at so many positions. Returns what does it, and [where its result will be]."""
-        if not self.stale:  # what the token shift remembers would be lost in the runs before it is recorded
-            self.static.give_back(self.cache)
-            self.stale = True
+        self._give_back()  # what the token shift remembers would be lost in the runs before it is recorded
         with undrawn(generator, self.token.device):
             for _ in range(WARM_UP):
                 self._step(size, sampling, generator)

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from utils import UserError, has_bfloat16
 
-FEW = 4  # tokens that are read at once when writing: for so many oneDNN lays out weights
+PACKED_FOR = 4  # tokens at once, as when writing: for so many oneDNN lays out weights
 LIGHT_ENOUGH = 4_000_000  # weights that a CPU holds in its cache in float32, where fewer bytes gain nothing
 
 
@@ -62,7 +62,7 @@ class PackedBfloat16Linear(nn.Module):
 
     def __init__(self, weight, bias):
         super().__init__()
-        self.packed = torch.ops.mkldnn._reorder_linear_weight(weight.bfloat16(), FEW)
+        self.packed = torch.ops.mkldnn._reorder_linear_weight(weight.bfloat16(), PACKED_FOR)
         self.bias = None if bias is None else bias.bfloat16()
 
     def forward(self, x):

@@ -159,6 +159,11 @@ def has_copy(device, dtype, processes, sharded):
     return dtype == torch.bfloat16 and on_device and not sharded
 
 
+def has_recording(options, device, processes):
+    """Does a Learner of so many processes record its steps? Not with gradient checkpointing: see Learner.records."""
+    return options.record and processes == 1 and can_be_recorded(device)
+
+
 class Learner:
     """A model and all that changes it.
 
@@ -195,7 +200,7 @@ class Learner:
         self.skipped = torch.zeros(2, device=device)  # steps skipped for bad numbers: in all, and in a row until now
         self.pools = {}  # number of threads -> the threads
         self.recorded = None
-        if options.record and processes.world == 1 and not self.sharded and can_be_recorded(device):
+        if has_recording(options, device, processes.world):
             self.recorded = RecordedStep(self.take_step, device)
 
     def rows_at_once(self, T):

@@ -20,7 +20,7 @@ from model import GPT, GPTConfig
 from modern import Modern, ModernConfig
 from shards import MANIFEST
 from tokenizer import OtherTokenizer, UnknownCharacters, load_tokenizer, tokenizer_hash
-from utils import UserError, memory_of, same_dice
+from utils import UserError, first_line, memory_of, same_dice
 
 # What a modern model has for a default in place of TrainOptions'.
 MODERN = dict(learning_rate=4e-3, min_lr=0.0, warmup_iters=20, weight_decay=0.0, beta1=0.8, beta2=0.95)
@@ -478,7 +478,7 @@ def maybe_compile(learner, x, y, forced, seconds):
             learner.add_gradients(x[:rows], y[:rows])
             learner.forget_gradients()
     except Exception as error:  # a missing compiler shows as many kinds of error, depending on the platform
-        reason = (str(error).strip().splitlines() or [""])[0][:100]
+        reason = first_line(error)[:100]
         print(f"compile: there is no working compiler here, running uncompiled ({type(error).__name__}: {reason})")
         torch._dynamo.reset()
         learner.compute = learner.uncompiled

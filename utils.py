@@ -408,6 +408,11 @@ def seconds_in_words(seconds):
 OUT_OF_MEMORY = ("out of memory", "ALLOC_FAILED", "can't allocate memory", "not enough memory")
 
 
+def first_line(error):
+    """What an error says, of many lines the first; "" where it says nothing."""
+    return (str(error).strip().splitlines() or [""])[0]
+
+
 def is_out_of_memory(error):
     """Is an error PyTorch's or Python's way to say that there is no memory left?"""
     return isinstance(error, MemoryError) or any(words in str(error) for words in OUT_OF_MEMORY)

@@ -16,6 +16,7 @@ import budget
 import graphs
 import model as model_module
 import modern as modern_module
+import optim
 import train
 from budget import Place
 from checkpoint import save_model, save_state
@@ -274,7 +275,7 @@ def test_on_gpus_a_batch_goes_through_at_once_and_processes_share_what_there_is(
 
 
 def test_a_gpu_that_works_alone_has_a_copy_and_its_gradients_and_evaluates_beside_a_recorded_step(monkeypatch):
-    monkeypatch.setattr(budget, "can_be_recorded", lambda device: device.type == "cuda")
+    monkeypatch.setattr(optim, "can_be_recorded", lambda device: device.type == "cuda")
     model, low = budget.empty_model(make_config("gpt")), torch.bfloat16
     weights = sum(4 * p.numel() for p in model.parameters())
     for checkpointing in (False, True):
