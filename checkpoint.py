@@ -39,7 +39,7 @@ from model import GPT, GPTConfig
 from modern import Modern, ModernConfig
 from sharding import file_sum, write_tensors
 from tokenizer import ByteTokenizer, CharTokenizer, load_tokenizer, save_tokenizer
-from utils import UserError, first_line, missing_extra, sync_directory, write_atomically, write_json
+from utils import UserError, first_line, memory_of, missing_extra, sync_directory, write_atomically, write_json
 
 METRICS = "metrics.jsonl"
 MODERN_TYPE = "nanogpt-modern"  # in config.json, where a GPT has "gpt2"
@@ -283,13 +283,26 @@ def _check_sizes(path, config, weights):
     problems = [
         f"{name} is {shapes.get(name)}, not {size}" for name, size in tables.items() if shapes.get(name) != size
     ]
-    if config.n_layer > len(weights):
-        problems.append(f"{len(weights)} tensors are too few for {config.n_layer} layers")
+    layers = sum(name.endswith(".attn.c_proj.weight") for name in weights)
+    if config.n_layer > layers:
+        problems.append(f"they are those of {layers} layers, not of {config.n_layer}")
     if problems:
         raise UserError(f"{path}: its weights do not fit its own config ({problems[0]})")
+    memory = memory_of(torch.device("cpu"))
+    if modern and memory is not None and _context_bytes(config) > memory:
+        raise UserError(
+            f"{path}: its config has a block_size of {config.block_size}, for which {memory / 2**30:.0f} GiB of memory "
+            f"are too few; put back the config.json of the run that trained it"
+        )
     for name, tensor in weights.items():
         if not math.isfinite(tensor.sum(dtype=torch.float64)):
             raise UserError(f"{path}: its weights hold infinities or NaN ({name}); restore them or train again")
+
+
+def _context_bytes(c):
+    """What a context of block_size takes in a modern model, of which its weights tell nothing: the rotary tables, while
+    they are made, and the cache with which it writes."""
+    return c.block_size * (16 * c.n_embd // c.n_head + 8 * c.n_layer * c.n_embd)
 
 
 def _first_problem(error):
