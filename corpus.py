@@ -249,6 +249,8 @@ def _read_dataset(source, field):
         if any(os.path.exists(os.path.join(name, file)) for file in saved):
             found = datasets.load_from_disk(name)
         else:
+            if not os.path.isdir(name):
+                _look_for_the_hub(datasets)
             found = datasets.load_dataset(name, config, streaming=os.path.isdir(name))
         if isinstance(found, dict) and "train" not in found:
             raise UserError(f"{source}: has no split 'train' but {_names(found)}; save the one to train on by itself")
@@ -262,6 +264,20 @@ def _read_dataset(source, field):
             f"{source}: cannot be read ({type(error).__name__}: {_first_line(error)}); check the name and the "
             f"connection, or give the directory that it lies in"
         ) from None
+
+
+def _look_for_the_hub(datasets):
+    """Tell Hugging Face's libraries that they are offline where they are: they then look into their cache at once.
+
+    Left alone they ask six times, for half a minute or more, and print each failure.
+    """
+    from huggingface_hub import constants
+    from huggingface_hub.utils import get_session
+
+    try:
+        get_session().head(constants.ENDPOINT, timeout=5)
+    except Exception:  # each version has other classes for it
+        constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
 
 
 # ---------------------------------------------------------------------------------------------------------------------
