@@ -184,6 +184,8 @@ class Reader:
         new = text[:, self.start + read :]
         with use_threads(self.threads if new.numel() <= FEW else None):
             logits, _ = self.model(new, cache=self.cache, **({} if last == 1 else dict(last=last)))
+        if read == 0 and logits.device.type in ("cuda", "mps"):  # where pick does not look, for the CPU would wait
+            check_numbers(logits.amax())
         return logits[:, -1].float() if last == 1 else logits.float()
 
     def next_tokens(self, text, sampling, generator=None):
@@ -258,6 +260,12 @@ def guess_cost(model, guesses, threads=None):
     return max(0.0, several / one - 1) / guesses
 
 
+def check_numbers(highest):
+    """Raises FloatingPointError where the highest of a model's figures, a tensor (), is infinite or no number."""
+    if not highest < float("inf"):
+        raise FloatingPointError("the model computes infinities or NaN, of which nothing can be drawn")
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # From logits to a token
 
@@ -273,7 +281,8 @@ def next_token_probs(logits, temperature=1.0, top_k=None, top_p=None, min_p=None
     """
     logits = logits.float()
     if temperature < 1e-5:  # finer than float32 tells logits apart, and dividing by it could overflow
-        return torch.zeros_like(logits).scatter(-1, logits.argmax(dim=-1, keepdim=True), 1.0)
+        highest, ids = logits.max(dim=-1, keepdim=True)
+        return torch.zeros_like(logits).scatter(-1, ids, 1.0) + 0.0 * highest  # NaN as a softmax, of infinity or NaN
     logits = logits / temperature
     if top_k and top_k < logits.size(-1):
         values, ids = logits.topk(top_k, dim=-1)
@@ -473,7 +482,8 @@ def beam_search(
         V = step.size(1)
         totals = (log_probs[:, None] + step).flatten()  # (b * V,)
         # At most num_beams of the candidates can end, so twice as many leave enough that go on.
-        values, order = totals.topk(min(2 * num_beams, len(totals)))
+        values, order = totals.topk(min(2 * num_beams, len(totals)))  # NaN counts as the highest
+        check_numbers(values[0])
         rows, kept = [], []
         for rank, (value, index) in enumerate(zip(values.tolist(), order.tolist())):
             row, token = divmod(index, V)

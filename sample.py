@@ -27,6 +27,7 @@ from typing import Optional
 import torch
 
 from checkpoint import gpt2_tokenizer, load_model
+from draft import FILE as DRAFT
 from draft import Draft
 from generate import (
     FEW,
@@ -86,11 +87,11 @@ class SampleOptions:
 
 
 def main(argv):
-    options, _ = parse_options(SampleOptions, argv, "Write text with a trained GPT.")
+    options, given = parse_options(SampleOptions, argv, "Write text with a trained GPT.")
     try:
-        return sample(options)
-    except (RuntimeError, MemoryError) as error:
-        if "probability tensor" in str(error):  # torch.multinomial's, on a CPU
+        return sample(options, given)
+    except (RuntimeError, MemoryError, FloatingPointError) as error:
+        if isinstance(error, FloatingPointError) or "probability tensor" in str(error):  # torch.multinomial's, on a CPU
             raise UserError(
                 f"--out_dir {options.out_dir}: its model computes infinities or NaN, of which nothing can be drawn; "
                 f"restore its weights or train again"
@@ -117,8 +118,8 @@ def read_prompt(options):
         raise UserError(f"--prompt_file {options.prompt_file}: is not UTF-8 text") from None
 
 
-def check(options):
-    """Raises UserError for flags that do not go together."""
+def check(options, given):
+    """Raises UserError for flags that do not go together, or that would do nothing."""
     if options.top_p is not None and options.top_p > 1:
         raise UserError(f"--top_p {options.top_p}: is a probability; give a number from 0 to 1")
     if options.min_p > 1:
@@ -128,13 +129,17 @@ def check(options):
             f"--num_samples {options.num_samples}: a search with --num_beams {options.num_beams} ends with no more "
             f"than that many texts; raise --num_beams"
         )
-    plain = SampleOptions()
     for name in ("temperature", "top_k", "top_p", "min_p"):
-        if options.num_beams > 1 and getattr(options, name) != getattr(plain, name):
+        if options.num_beams > 1 and name in given:
             raise UserError(
                 f"--{name} {getattr(options, name)} and --num_beams {options.num_beams}: a beam search draws nothing; "
                 f"leave out one of the two"
             )
+    if "length_penalty" in given and (options.num_beams == 1 or not options.stop):
+        raise UserError(
+            f"--length_penalty {options.length_penalty:g}: compares beams that --stop ends; leave it out, or add "
+            f"--num_beams and --stop"
+        )
     for name in ("interactive", "probs"):
         if getattr(options, name) and (options.num_beams > 1 or options.num_samples > 1):
             raise UserError(f"--{name}: shows one text; leave out --num_beams and --num_samples")
@@ -146,10 +151,26 @@ def check(options):
         raise UserError("--interactive: reads what you type; leave out --prompt_file and --probs")
 
 
-def sample(options):
+def why_no_guesses(options, device):
+    """Why the model is given no guesses to check, in words; None where it is.
+
+    They pay where a pass over four tokens takes little longer than one over one: on a CPU, for a single text.
+    """
+    if options.num_beams > 1 or options.num_samples > 1 or options.probs:
+        return "are made for a single text, without --num_beams, --num_samples and --probs"
+    if device.type != "cpu":
+        return f"are made on a CPU, not on {device.type}"
+    if not os.path.isfile(os.path.join(options.out_dir, DRAFT)):
+        return f"come from {DRAFT}, which is not in {options.out_dir}; train.py writes it at the end of a run"
+    return None
+
+
+def sample(options, given):
     """Print what the options ask for. Returns the exit status 0."""
-    check(options)
+    check(options, given)
     device = pick_device(options.device)
+    if "guesses" in given and options.guesses > 0 and why_no_guesses(options, device):
+        raise UserError(f"--guesses {options.guesses}: guesses {why_no_guesses(options, device)}; leave it out")
     if options.quantize and device.type != "cpu":
         raise UserError(f"--quantize {options.quantize}: is made for the CPU, not {device.type}; use --dtype")
     prompt = read_prompt(options)
@@ -192,13 +213,7 @@ class Scribe:
         self.sampling = Sampling(
             options.temperature, options.top_k, options.top_p, options.min_p, options.repetition_penalty
         )
-        # Guesses pay where a pass over four tokens takes little longer than one over one: on a CPU, for a single text.
-        guess = (
-            options.guesses > 0
-            and device.type == "cpu"
-            and options.num_samples == options.num_beams == 1
-            and not options.probs
-        )
+        guess = options.guesses > 0 and why_no_guesses(options, device) is None
         self.draft = Draft.load(options.out_dir, model.config.vocab_size) if guess else None
         at_once = options.num_beams if options.num_beams > 1 else 1 + options.guesses if self.draft else 1
         # Not with a seed: another number of threads rounds otherwise, and with or without guesses other numbers are

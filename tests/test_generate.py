@@ -166,6 +166,17 @@ def test_temperature_zero_gives_all_to_one_most_likely_token(settings):
     assert next_token_probs(LOGITS, 0, **settings).tolist() == [[0, 1, 0, 0, 0], [1, 0, 0, 0, 0]]
 
 
+@pytest.mark.parametrize("logit", [math.nan, math.inf])
+@pytest.mark.parametrize("settings", [{}, dict(temperature=0), dict(top_k=2), dict(top_p=0.5), dict(min_p=0.5)])
+def test_logits_that_are_no_numbers_have_no_probabilities(settings, logit):
+    logits = LOGITS.clone()
+    logits[0, 3] = logit
+    probs = next_token_probs(logits, **settings)
+    assert probs[0].isnan().all() and torch.equal(probs[1], next_token_probs(LOGITS, **settings)[1])
+    masked = torch.tensor([[-math.inf, 1.0, -math.inf]])
+    assert next_token_probs(masked, **settings).tolist() == [[0, 1, 0]]
+
+
 @pytest.mark.parametrize("temperature", [1e-5, 1e-30, 1e-300])
 def test_a_tiny_temperature_is_greedy_and_never_nan(temperature):
     probs = next_token_probs(LOGITS[:1], temperature)
@@ -433,6 +444,15 @@ def test_more_beams_than_tokens_in_the_vocabulary(make_model):
 def test_zero_new_tokens_are_one_empty_continuation(make_model):
     (found,) = beam_search(make_model(), tokens(1, 3), 0, num_beams=4)
     assert found.tokens == []
+
+
+@pytest.mark.parametrize("logit", [math.nan, math.inf])
+def test_a_search_among_logits_that_are_no_numbers_is_refused(make_model, logit):
+    model = make_model()
+    weight = model.lm_head.weight.data
+    weight[5] = logit
+    with pytest.raises(FloatingPointError, match="the model computes infinities or NaN"):
+        beam_search(model, tokens(1, 3), 5, num_beams=2)
 
 
 def test_a_search_in_which_everything_ends_at_once_returns(make_model):

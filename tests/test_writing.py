@@ -4,6 +4,7 @@ import collections
 import itertools
 import math
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -23,6 +24,7 @@ import plan
 import sample
 import train
 import utils
+from checkpoint import save_model
 from data import load_data, validation_loss
 from draft import ORDERS, Draft, hash_of, most_frequent
 from generate import (
@@ -645,7 +647,7 @@ def test_turns_go_on_from_all_that_was_said(command, out_dir):  # noqa: F811
     assert result.out[len(expected) :] == command(sample, *arguments, "--prompt", whole).out[len(whole) :]
 
 
-@pytest.mark.parametrize("flags", ["--guesses 3", "--guesses 0"])
+@pytest.mark.parametrize("flags", ["--guesses 3 --device cpu", "--guesses 0"])
 def test_a_turn_that_a_stop_string_ends_early_leaves_nothing_unwritten_in_the_cache(command, out_dir, flags):  # noqa: F811
     arguments = [
         "--out_dir",
@@ -708,10 +710,48 @@ def test_a_turn_with_characters_the_model_does_not_know_is_one_line_and_the_next
         ("--num_beams 2 --top_k 5", "--top_k"),
         ("--num_beams 2 --top_p 0.5", "--top_p"),
         ("--num_beams 2 --min_p 0.5", "--min_p"),
+        ("--num_beams 2 --temperature 1", "--temperature 1.0 and --num_beams 2"),
+        ("--num_beams 2 --top_k 0", "--top_k 0 and --num_beams 2"),
+        ("--num_beams 2 --guesses 3", "--guesses 3: guesses are made for a single text"),
+        ("--num_samples 2 --guesses 3", "--guesses 3: guesses are made for a single text"),
+        ("--probs --guesses 3", "--guesses 3: guesses are made for a single text"),
+        ("--length_penalty 1", "--length_penalty 1: compares beams that --stop ends"),
+        ("--length_penalty 1 --stop cat", "--length_penalty 1: compares beams that --stop ends"),
+        ("--length_penalty 1 --num_beams 2", "--length_penalty 1: compares beams that --stop ends"),
+        ("--interactive --length_penalty 1", "--length_penalty 1: compares beams that --stop ends"),
     ],
 )
 def test_flags_that_make_no_sense_are_refused_in_one_line(command, out_dir, flags, word):  # noqa: F811
     assert_refused(command(sample, "--out_dir", out_dir, *flags.split()), word)
+
+
+def test_guesses_that_cannot_be_made_are_refused_where_they_were_asked_for(command, out_dir, tmp_path, monkeypatch):  # noqa: F811
+    arguments = ["--max_new_tokens", 5, "--device", "cpu"]
+    shutil.copytree(out_dir, str(tmp_path / "bare"))
+    os.remove(tmp_path / "bare" / "draft.safetensors")
+    for flags in ([], ["--guesses", 0]):
+        assert command(sample, "--out_dir", "bare", *arguments, *flags).status == 0
+    refused = command(sample, "--out_dir", "bare", *arguments, "--guesses", 3)
+    assert_refused(refused, "--guesses 3: guesses come from draft.safetensors, which is not in bare; train.py")
+    monkeypatch.setattr(sample, "pick_device", lambda _: torch.device("cuda"))
+    refused = command(sample, "--out_dir", out_dir, "--guesses", 3)
+    assert_refused(refused, "--guesses 3: guesses are made on a CPU, not on cuda; leave it out")
+
+
+@pytest.mark.parametrize("flags", ["", "--temperature 0", "--temperature 0 --guesses 0", "--num_beams 3", "--probs"])
+@pytest.mark.parametrize("large", [1e30, 3e38])  # the weights are numbers, and what is computed with them is none
+def test_a_model_that_computes_no_numbers_is_one_line(command, out_dir, tmp_path, flags, large):  # noqa: F811
+    shutil.copytree(out_dir, str(tmp_path / "run"))
+    model, tokenizer = sample.load_model(out_dir)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "c_fc" in name or "c_proj" in name:
+                p.fill_(large)
+    save_model("run", model, tokenizer)
+    flags = [*flags.split(), "--max_new_tokens", 9, "--device", "cpu"]
+    result = command(sample, "--out_dir", "run", "--prompt", "1", *flags)
+    assert result.status == 2 and result.err.count("\n") == 1 and result.out in ("", "1")
+    assert "--out_dir run: its model computes infinities or NaN, of which nothing can be drawn" in result.err
 
 
 def test_thousands_of_samples_and_a_beam_wider_than_the_vocabulary(command, out_dir):  # noqa: F811
