@@ -31,7 +31,7 @@ from plan import (
     seconds_per_token,
     settle,
 )
-from utils import STARTED, UserError, memory_of, pick_device, pick_dtype, seconds_in_words
+from utils import STARTED, UserError, environment_number, memory_of, pick_device, pick_dtype, seconds_in_words
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Where the run is planned for
@@ -91,7 +91,7 @@ class Place:
 
 def find_place(options, given):
     """The Place that the flags name. Raises UserError where they name none, or two."""
-    processes = options.processes or int(os.environ.get("WORLD_SIZE", 1))
+    processes = options.processes or environment_number("WORLD_SIZE", 1, at_least=1)
     shard = options.shard and processes > 1
     if options.peak is None:
         device = pick_device(options.device)
@@ -198,6 +198,20 @@ def activation_bytes(config, tokens, place, checkpointing):
         return tokens * (L * place.stream * C + layer_bytes(config, place) + ends)
     one_matrix = 3 * C * C * place.item if modern else 0  # queries', keys' and values' matrices put together
     return tokens * (L * layer_bytes(config, place) + ends) + L * one_matrix
+
+
+def check_activations(options, config, device, dtype, processes=1):
+    """Raises UserError where a step would keep more than the memory of a CPU's machine holds: the system would then end
+    the run without a word. Counts what is certain, the forward passes that are computed at the same time."""
+    place = Place("", device, dtype, processes, 0.0, True, memory_of(device), options.shard and processes > 1)
+    rows, at_once = micro_batch(options, place)
+    kept = at_once * activation_bytes(config, rows * config.block_size, place, options.gradient_checkpointing)
+    if device.type == "cpu" and place.memory is not None and kept > place.memory:
+        remedy = "" if options.gradient_checkpointing else ", or add --gradient_checkpointing"
+        raise UserError(
+            f"a step would keep {kept / 2**30:,.0f} GiB for its backward pass and this machine has "
+            f"{place.memory / 2**30:.0f}; lower --n_layer ({config.n_layer}), --n_embd or --block_size{remedy}"
+        )
 
 
 def logit_bytes(config, tokens):

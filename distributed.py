@@ -23,7 +23,7 @@ import warnings
 import torch
 import torch.distributed as dist
 
-from utils import UserError, first_line, pick_device
+from utils import UserError, environment_number, first_line, pick_device
 
 TOLD = "error"  # the key in the store that they share under which a process says that it ends with an error
 LISTEN_SECONDS = 0.5  # how often the others look there
@@ -176,11 +176,9 @@ def job():
     """The Processes that torchrun started, or the one process there is. An error in one of them ends them all."""
     processes = ALONE
     try:
-        if int(os.environ.get("WORLD_SIZE", 1)) > 1 and "RANK" in os.environ:
-            if "MASTER_ADDR" not in os.environ:
-                raise UserError(
-                    "WORLD_SIZE and RANK are set, MASTER_ADDR is not: start several processes with torchrun"
-                )
+        world = environment_number("WORLD_SIZE", 1, at_least=1)
+        if world > 1 and "RANK" in os.environ:
+            check_environment(world)
             if not hasattr(dist.Store, "check"):
                 raise UserError(f"torchrun: several processes need PyTorch 2.3 or newer, not {torch.__version__}")
             processes = join()
@@ -202,6 +200,18 @@ def job():
         raise
 
 
+def check_environment(world):
+    """Raises UserError where the environment is not one that torchrun makes for one of several processes."""
+    for name in ("MASTER_ADDR", "MASTER_PORT"):
+        if not os.environ.get(name):
+            raise UserError(f"WORLD_SIZE and RANK are set, {name} is not: start several processes with torchrun")
+    rank = environment_number("RANK", 0)
+    if rank >= world:
+        raise UserError(f"RANK={rank}: is too high for WORLD_SIZE={world}, it counts from 0; start with torchrun")
+    environment_number("LOCAL_RANK", rank)
+    environment_number("MASTER_PORT", None)
+
+
 def end_after_the_speaker():
     """End quietly, but not before the process that tells of its error: at the first end torchrun stops all others."""
     sys.stdout.flush()
@@ -214,7 +224,7 @@ def join():
     warnings.filterwarnings("ignore", module="torch.distributed")
     store, rank, world = next(dist.rendezvous("env://", timeout=PATIENCE))
     store = dist.PrefixStore(meet(store, rank, world), store)
-    processes = Processes(rank, world, int(os.environ.get("LOCAL_RANK", rank)), store)
+    processes = Processes(rank, world, environment_number("LOCAL_RANK", rank), store)
     if not processes.first:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     processes.listener.start()

@@ -31,7 +31,8 @@ def build_optimizers(model, options, device):
         if not hasattr(torch.optim, "Muon"):
             raise UserError(f"--arch modern needs PyTorch 2.9 or newer for its Muon optimizer, not {torch.__version__}")
         matrices = [p for p in model.layers.parameters() if p.dim() == 2]
-        rest = [p for p in model.parameters() if not any(p is m for m in matrices)]
+        for_muon = set(map(id, matrices))
+        rest = [p for p in model.parameters() if id(p) not in for_muon]
         muon = Muon(matrices, lr=options.matrix_lr, weight_decay=options.weight_decay, momentum=0.9)
         return [muon, AdamW(rest, weight_decay=0.0, eps=1e-10, **adamw)]
     matrices = [p for p in model.parameters() if p.dim() >= 2]

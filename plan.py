@@ -123,13 +123,16 @@ def choose_settings(options, given, tokens, device, dtype, peak=None, processes=
     of windows for each.
     """
     chosen, why = {}, None
+    if options.minutes is not None and options.init_from is None and "arch" not in given:
+        chosen["arch"] = "modern" if hasattr(torch.optim, "Muon") else "gpt"
+        options = replace(options, arch=chosen["arch"])
+    check_arch(options, given)
     if options.init_from is not None:
         chosen, why = for_fine_tuning(options, given, tokens)
     elif options.minutes is not None:
-        chosen["arch"] = "modern" if hasattr(torch.optim, "Muon") else "gpt"
         sizes, why = for_minutes(options.minutes, tokens, device, dtype, peak)
         chosen.update(sizes)
-        if (options.arch if "arch" in given else chosen["arch"]) == "modern":
+        if options.arch == "modern":
             chosen = {**MODERN, **chosen}
         else:
             chosen.update(learning_rate=max(2e-3, sizes.get("learning_rate", 0) / 6), min_lr=0.0)  # it bears less
@@ -146,6 +149,18 @@ def choose_settings(options, given, tokens, device, dtype, peak=None, processes=
             " ".join(f"--{name} {value:g}" if name != "arch" else f"--{name} {value}" for name, value in shown.items())
         )
     return replace(options, **chosen)
+
+
+def check_arch(options, given):
+    """Raises UserError for a flag that does nothing in a model of this architecture."""
+    if "matrix_lr" in given and options.arch != "modern":
+        flag, of = f"--matrix_lr {options.matrix_lr:g}", "modern"
+    elif "bias" in given and options.bias and options.arch != "gpt":
+        flag, of = "--bias", "gpt"
+    else:
+        return
+    remedy = "leave it out" + (f", or add --arch {of}" if options.init_from is None else "")
+    raise UserError(f"{flag}: is for --arch {of}, and this model is of --arch {options.arch}; {remedy}")
 
 
 def for_fine_tuning(options, given, tokens):
@@ -403,6 +418,9 @@ def matmul_peak(device, dtype, size=None):
 # How long a run will take, and whether compiling pays
 
 
+SLOW_PASS = 2  # seconds
+
+
 def seconds_per_token(learner, x, y):
     """Time a small forward and backward pass over some of x, y (B, T). Leaves no trace: no gradients, same dice."""
     threads = torch.get_num_threads() if learner.device.type == "cpu" else 1
@@ -416,6 +434,8 @@ def seconds_per_token(learner, x, y):
     with same_dice(learner.device):
         for _ in range(3):  # the first runs warm up
             seconds = seconds_of(lambda: a_pass()[0])
+            if seconds > SLOW_PASS and learner.device.type == "cpu":  # then it matters little
+                break
         if learner.records:
             replay, [loss] = record(a_pass, learner.device)
             seconds = min(seconds_of(lambda: (replay(), loss)[1]) for _ in range(2))

@@ -33,7 +33,7 @@ import torch
 
 from corpus import PIECE, find_files, in_splits, pieces, progress_bar, read, size_of
 from tokenizer import FILE, check_name, load_tokenizer, make_tokenizer, save_tokenizer, spread, tokenizer_hash
-from utils import UserError, sync_directory, write_json
+from utils import UserError, environment_number, sync_directory, write_json
 
 MANIFEST, LOCK = "prepared.json", "prepare.lock"
 WRITTEN_FIRST = {MANIFEST, LOCK, FILE, "tokenizer_config.json"}  # before there is a manifest, or as a part of it
@@ -243,7 +243,7 @@ def open_prepared(source):
             sums.append(shard["sha256"])
     if not paths["train"]:
         raise UserError(f"{source}: none of its shards of the train split was chosen; name train-*.bin, or {source}")
-    if int(os.environ.get("LOCAL_RANK", "0")) == 0:
+    if environment_number("LOCAL_RANK", 0) == 0:
         for error in filter(None, damage(paths["train"] + paths["val"])):
             raise error
     fingerprint = hashlib.sha256("".join(sums).encode()).hexdigest()[:16]

@@ -29,7 +29,7 @@ import torch
 from tqdm import tqdm
 
 import plots
-from budget import check_flags, show
+from budget import check_activations, check_flags, show
 from checkpoint import (
     METRICS,
     Lock,
@@ -63,12 +63,13 @@ from plan import (
     seconds_per_token,
     smaller_setting,
 )
-from sharding import check_shard, copies, learned, shard, whole_weights
+from sharding import check_shard, copies, is_sharded, learned, shard, whole_weights
 from tokenizer import prompt_tokens, tokenizer_hash, whole_characters
 from utils import (
     STARTED,
     UserError,
     autocast,
+    environment_number,
     is_out_of_memory,
     option,
     outlive_readers,
@@ -84,6 +85,7 @@ from utils import (
 MOST_SKIPPED = 20  # steps in a row: float16's scale of 2^16 may need 16 to come down to 1
 SAVE_SECONDS = 60  # between two savings, where evaluations do not save more often
 SAVE_SHARE = 0.01  # of the time, that these savings may take
+SAMPLE_SECONDS = 10  # for a sample at most
 
 
 @dataclass
@@ -412,7 +414,7 @@ def write_lines(path, lines):
 
 def claim_directory(options, lock, processes):
     """Take the lock of a run that is in out_dir, in the first process. Returns the options of the run, for all."""
-    restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+    restarts = environment_number("TORCHELASTIC_RESTART_COUNT", 0)
     [restarts] = processes.agree(signal=restarts)  # the highest: one machine's workers may have had none
 
     def claim():
@@ -461,6 +463,7 @@ def train_until(at_end, options, given, processes):
     check_windows(options, processes.world)
     check_shard(options, dtype)
     check_checkpointing(options, device)
+    check_activations(options, model.config, device, dtype, processes.world)
     batches = data.batches(options.batch_size * options.gradient_accumulation_steps, options.block_size, options.seed)
     model.gradient_checkpointing = options.gradient_checkpointing
     model.to(device).train()
@@ -600,11 +603,15 @@ def look_ahead(run, batches, given):
 
 
 def sample_text(model, tokenizer, length, device):
-    """A short text by the model, from an empty prompt."""
+    """A short text by the model, from an empty prompt. Of a slow model it is cut off after SAMPLE_SECONDS."""
     model.eval()
     idx = prompt_tokens(tokenizer, "").to(device)
     dice = torch.Generator(device).manual_seed(0)  # its own, so that a sample does not change the run
-    ids = [int(token) for token in generate(model, idx, length, temperature=0.8, top_k=40, generator=dice)]
+    ids, start = [], time.perf_counter()
+    for token in generate(model, idx, length, temperature=0.8, top_k=40, generator=dice):
+        ids.append(int(token))
+        if time.perf_counter() - start > SAMPLE_SECONDS and not is_sharded(model):  # its processes must go on together
+            break
     model.train()
     return whole_characters(tokenizer.decode(ids))
 

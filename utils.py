@@ -236,6 +236,19 @@ def _converter(kind, rules):
     return convert
 
 
+def environment_number(name, default, at_least=0):
+    """The whole number in an environment variable of torchrun's; the default where it is not set. Raises UserError."""
+    text = os.environ.get(name)
+    if text is None:
+        return default
+    if not re.fullmatch(r"[0-9]{1,9}", text) or int(text) < at_least:
+        raise UserError(
+            f"{name}={text}: this environment variable wants a whole number of at least {at_least}, as torchrun sets "
+            f"it; unset it, or start with torchrun"
+        )
+    return int(text)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Device, number format and random numbers
 

@@ -25,7 +25,7 @@ from model import GPT, GPTConfig
 from modern import Modern, ModernConfig
 from optim import Learner
 from tokenizer import CharTokenizer
-from utils import has_bfloat16, parse_options, run_command
+from utils import UserError, has_bfloat16, parse_options, run_command
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 needs_muon = pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="a modern model needs PyTorch 2.9's Muon")
@@ -266,6 +266,23 @@ def test_parts_of_a_step_are_those_of_the_learner(monkeypatch, threads, batch_si
     rows = learner.rows_at_once(block_size)
     parts = -(-batch_size * steps // rows)
     assert budget.micro_batch(options, make_place()) == (rows, learner.side_by_side(parts))
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_a_step_that_no_memory_holds_is_refused(monkeypatch, arch):
+    """9,000 layers keep the scores of attention 9,000 times: 2 heads of 256 numbers for each of 1,024 tokens."""
+    monkeypatch.setattr(budget, "memory_of", lambda device: 2 * 256 * 1024 * 9000 * 4)
+
+    def check(device=CPU, **changes):
+        sizes = dict(n_layer=9000, n_embd=16, n_head=2, block_size=256)
+        options = train.TrainOptions(arch=arch, **{**sizes, **changes})
+        sizes = {name: getattr(options, name) for name in (*sizes, "dropout")}
+        budget.check_activations(options, CONFIGS[arch](vocab_size=97, **sizes), device, torch.float32)
+
+    with pytest.raises(UserError, match=r"keep [0-9,]+ GiB .* lower --n_layer \(9000\)"):
+        check()
+    for fits in (dict(block_size=16), dict(n_layer=6), dict(gradient_checkpointing=True), dict(device=GPU)):
+        check(**fits)
 
 
 def test_on_gpus_a_batch_goes_through_at_once_and_processes_share_what_there_is():

@@ -25,6 +25,7 @@ import pytest
 import torch
 
 import bigram
+import budget
 import checkpoint
 import sample
 import train
@@ -452,6 +453,7 @@ def test_init_from_a_run_with_a_smaller_block_size(command, own):
     [
         (["--n_layer", "2"], "--n_layer 2: out has 1"),
         (["--n_embd", "32"], "--n_embd 32: out has 16"),
+        (["--matrix_lr", "0.01"], "this model is of --arch gpt; leave it out\n"),
         (["--data", "strange.txt"], "--data strange.txt: has the character(s) 'ß' (U+00DF), which the model in out"),
         (["--block_size", "17"], "--block_size 17: out knows only 16 positions"),
         (["--init_from", "nowhere"], "nowhere: no such file or directory"),
@@ -694,6 +696,8 @@ BAD_TRAINING = [
     ("--out_dir text.txt", "--out_dir text.txt: cannot be written"),
     ("--out_dir text.txt/below", "--out_dir text.txt/below: cannot be written"),
     ("--out_dir=", "--out_dir: is empty"),
+    ("--matrix_lr 0.02", "--matrix_lr 0.02: is for --arch modern, and this model is of --arch gpt; leave it out, or"),
+    ("--arch modern --bias", "--bias: is for --arch gpt, and this model is of --arch modern; leave it out, or"),
     ("--resume", "holds no state.pt to resume from; start without --resume"),
     ("--init_from text.txt", "text.txt: is damaged, or a pickle that could run code"),
     ("--init_from .", "holds no model yet"),
@@ -752,6 +756,37 @@ def test_training_refuses_bad_input(command, inputs, args, words):
 def test_sampling_refuses_bad_input(command, inputs, finished, args, words):
     before = contents(inputs)
     assert_refused(command(sample, "--out_dir", finished.model, "--device", "cpu", *args.split()), words)
+    assert contents(inputs) == before
+
+
+def test_a_step_that_no_memory_holds_is_refused(command, inputs, monkeypatch):
+    monkeypatch.setattr(budget, "memory_of", lambda device: 10**5)
+    before = contents(inputs)
+    result = command(train, "--data", "text.txt", "--out_dir", "new", *TINY)
+    assert_refused(
+        result, "a step would keep", "lower --n_layer (1), --n_embd or --block_size, or add --gradient_check"
+    )
+    assert contents(inputs) == before
+
+
+def test_a_dataset_on_a_hub_that_is_not_reached_is_refused_without_asking_again(inputs, tmp_path_factory):
+    """Hugging Face's library would print each time it asks."""
+    pytest.importorskip("datasets")
+    environment = dict(HF_ENDPOINT="http://127.0.0.1:9", HF_HUB_OFFLINE="0", HF_HOME=str(tmp_path_factory.mktemp("hf")))
+    before = contents(inputs)
+    result = run("train.py", "--data", "hf:some/set", "--out_dir", "new", *TINY, cwd=inputs, env=environment)
+    assert_refused(result, "--data hf:some/set: cannot be read (ConnectionError: Couldn't reach", "; check the name")
+    assert contents(inputs) == before
+
+
+@pytest.mark.parametrize("name", ["WORLD_SIZE", "TORCHELASTIC_RESTART_COUNT"])
+def test_an_environment_that_torchrun_did_not_make_is_refused(command, inputs, monkeypatch, name):
+    monkeypatch.setenv(name, "x")
+    before = contents(inputs)
+    for plan in ([], ["--plan"]):
+        result = command(train, "--data", "text.txt", "--out_dir", "new", *TINY, "--max_iters", 2, *plan)
+        if name == "WORLD_SIZE" or not plan:
+            assert_refused(result, f"{name}=x: this environment variable wants a whole number")
     assert contents(inputs) == before
 
 

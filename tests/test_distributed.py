@@ -356,16 +356,34 @@ def test_which_errors_are_about_another_process(error, lost):
     assert distributed.is_loss(error) is lost
 
 
-def test_processes_that_torchrun_did_not_start_are_refused(monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setenv("RANK", "0")
-    monkeypatch.delenv("MASTER_ADDR", raising=False)
-    with pytest.raises(UserError, match="start several processes with torchrun"), distributed.job():
+@pytest.mark.parametrize(
+    "name, value, words",
+    [
+        ("MASTER_ADDR", None, "WORLD_SIZE and RANK are set, MASTER_ADDR is not: start several processes with torchrun"),
+        ("MASTER_PORT", None, "WORLD_SIZE and RANK are set, MASTER_PORT is not: start several processes with torchrun"),
+        ("MASTER_PORT", "http", "MASTER_PORT=http: this environment variable wants a whole number"),
+        ("WORLD_SIZE", "abc", "WORLD_SIZE=abc: this environment variable wants a whole number of at least 1"),
+        ("WORLD_SIZE", "0", "WORLD_SIZE=0: this environment variable wants a whole number of at least 1"),
+        ("WORLD_SIZE", "", "WORLD_SIZE=: this environment variable wants a whole number"),
+        ("RANK", "x", "RANK=x: this environment variable wants a whole number of at least 0"),
+        ("RANK", "2", "RANK=2: is too high for WORLD_SIZE=2"),
+        ("LOCAL_RANK", "-1", "LOCAL_RANK=-1: this environment variable wants a whole number"),
+    ],
+)
+def test_processes_that_torchrun_did_not_start_are_refused(monkeypatch, name, value, words):
+    environment = dict(WORLD_SIZE="2", RANK="0", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="29500")
+    environment[name] = value
+    for name, value in environment.items():
+        monkeypatch.delenv(name, raising=False)
+        if value is not None:
+            monkeypatch.setenv(name, value)
+    monkeypatch.setattr(distributed, "join", lambda: pytest.fail("it went on"))
+    with pytest.raises(UserError, match="^" + words), distributed.job():
         pass
 
 
 def test_several_processes_with_a_pytorch_that_is_too_old_are_refused(monkeypatch):
-    for name, value in dict(WORLD_SIZE="2", RANK="0", MASTER_ADDR="127.0.0.1").items():
+    for name, value in dict(WORLD_SIZE="2", RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="29500").items():
         monkeypatch.setenv(name, value)
     monkeypatch.delattr(distributed.dist.Store, "check")
     with pytest.raises(UserError, match=r"need PyTorch 2\.3 or newer, not"), distributed.job():

@@ -241,6 +241,29 @@ def test_fine_tuning_has_lower_rates_than_a_new_model_and_keeps_what_only_a_mode
     assert 0 < gpt["dropout"] == modern["dropout"] < new.dropout, "load_model needs it before the model is known"
 
 
+@pytest.mark.parametrize("muon", [True, False])
+def test_a_flag_of_the_other_architecture_is_refused_where_the_architecture_is_chosen(monkeypatch, muon):
+    """With --minutes it is modern where PyTorch has Muon, and else gpt."""
+    if not muon:
+        monkeypatch.delattr(torch.optim, "Muon", raising=False)
+    elif not hasattr(torch.optim, "Muon"):
+        monkeypatch.setattr(torch.optim, "Muon", None, raising=False)
+
+    def settings(*given, **options):
+        options = make_options(minutes=1, **options)
+        return plan.choose_settings(options, {"minutes", *given}, 10**6, CPU, torch.float32, 1e11)
+
+    for name, value in (("matrix_lr", 0.5), ("bias", True)):
+        if muon == (name == "matrix_lr"):
+            assert getattr(settings(name, **{name: value}), name) == value
+        else:
+            with pytest.raises(UserError, match=f"^--{name}.*this model is of --arch {'modern' if muon else 'gpt'}"):
+                settings(name, **{name: value})
+    assert settings("bias", bias=False).bias is False  # true of both
+    for arch, name in (("gpt", "bias"), ("modern", "matrix_lr")):
+        assert settings("arch", name, arch=arch).arch == arch
+
+
 def test_fine_tuning_for_minutes_ends_by_the_clock():
     chosen, why = fine_tuning(10**6, minutes=3)
     assert chosen["max_iters"] == plan.STEPS_WITHOUT_END and chosen["min_lr"] == 0.0
@@ -301,6 +324,14 @@ def test_timing_a_step_leaves_no_trace(make_model, dtype):
     assert all(torch.equal(state["model"][name], p) for name, p in learner.model.state_dict().items())
     assert state["optimizers"] == learner.state_dict()["optimizers"], "no optimizer has taken a step"
     assert learner.model.training and learner.worker.training
+
+
+@pytest.mark.parametrize("seconds, passes", [(0.1, 3), (30.0, 1)])
+def test_a_pass_that_is_slow_is_timed_once(make_model, monkeypatch, seconds, passes):
+    timed = []
+    monkeypatch.setattr(plan, "seconds_of", lambda work: timed.append(work) or seconds)
+    learner = make_learner(make_model)
+    assert seconds_per_token(learner, *windows()) == seconds / 32 and len(timed) == passes
 
 
 def test_a_step_is_timed_on_one_part_of_it_for_each_core(make_model, monkeypatch):

@@ -479,6 +479,13 @@ def test_a_sample_leaves_the_model_in_training_mode_and_the_dice_alone(make_mode
     assert model.training and torch.equal(torch.get_rng_state(), before)
 
 
+def test_the_sample_of_a_slow_model_is_cut_off(make_model, monkeypatch):
+    model, tokenizer = make_model(), CharTokenizer("abcdefghijk")
+    assert len(train.sample_text(model, tokenizer, 20, CPU)) == 20
+    monkeypatch.setattr(train, "SAMPLE_SECONDS", 0)
+    assert len(train.sample_text(model, tokenizer, 20, CPU)) == 1 and model.training
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # What it says before it starts
 
