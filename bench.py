@@ -444,7 +444,7 @@ def without_soft_cap():
 
 def without_muon():
     def build_optimizers(model, options, device):
-        return [torch.optim.AdamW(model.parameters(), lr=2e-3, betas=(0.9, 0.99), weight_decay=0.1, fused=True)]
+        return [torch.optim.AdamW(model.parameters(), lr=0.016, betas=(0.9, 0.99), weight_decay=0.1, fused=True)]
 
     optim.build_optimizers = build_optimizers
 

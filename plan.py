@@ -135,7 +135,8 @@ def choose_settings(options, given, tokens, device, dtype, peak=None, processes=
         if options.arch == "modern":
             chosen = {**MODERN, **chosen}
         else:
-            chosen.update(learning_rate=max(2e-3, sizes.get("learning_rate", 0) / 6), min_lr=0.0)  # it bears less
+            rate = sizes.get("learning_rate", 0)  # AdamW alone bears less, and larger models little (docs/speed.md)
+            chosen.update(learning_rate=rate * 2 / 3 if rate > 0.01 else 2e-3, min_lr=0.0)
             chosen.pop("matrix_lr", None)
     elif options.arch == "modern":
         chosen = MODERN

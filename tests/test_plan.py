@@ -135,11 +135,12 @@ def test_the_same_time_on_a_shorter_text_never_gets_less_dropout(choose):
     assert rates == sorted(rates) and rates[0] == 0.0 and rates[-1] == 0.5
 
 
-@pytest.mark.parametrize("minutes, rate", [(0.05, 4e-3), (3, 2e-3), (10_000_000, 2e-3)])
-def test_a_gpt_learns_at_lower_rates_than_a_modern_model(monkeypatch, minutes, rate):
+@pytest.mark.parametrize("minutes, rate", [(0.05, 0.016), (3, 8e-3), (60, 2e-3), (10_000_000, 2e-3)])
+def test_a_gpt_learns_at_lower_rates_than_a_modern_model(minutes, rate):
     options = make_options(arch="gpt", minutes=minutes)
     chosen = plan.choose_settings(options, {"arch"}, 10**9, CPU, torch.float32, peak=1e11)
-    assert chosen.learning_rate == rate and chosen.arch == "gpt" and chosen.matrix_lr == options.matrix_lr
+    assert chosen.learning_rate == pytest.approx(rate)
+    assert chosen.arch == "gpt" and chosen.matrix_lr == options.matrix_lr
 
 
 def test_the_reason_names_the_speed_the_time_and_the_length_of_the_text(choose):
