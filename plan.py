@@ -405,6 +405,7 @@ def matmul_peak(device, dtype, size=None):
     """
     size = size or (8192 if device.type == "cuda" else 2048)
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    (a @ b)[0, 0].item()  # the first one sets libraries up, which on a GPU may take longer than all others
     best, began = math.inf, time.perf_counter()
     for _ in range(10):
         start = time.perf_counter()

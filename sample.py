@@ -169,8 +169,9 @@ def sample(options, given):
     """Print what the options ask for. Returns the exit status 0."""
     check(options, given)
     device = pick_device(options.device)
-    if "guesses" in given and options.guesses > 0 and why_no_guesses(options, device):
-        raise UserError(f"--guesses {options.guesses}: guesses {why_no_guesses(options, device)}; leave it out")
+    why = why_no_guesses(options, device)
+    if why is not None and "guesses" in given and options.guesses > 0:
+        raise UserError(f"--guesses {options.guesses}: guesses {why}; leave it out")
     if options.quantize and device.type != "cpu":
         raise UserError(f"--quantize {options.quantize}: is made for the CPU, not {device.type}; use --dtype")
     prompt = read_prompt(options)
