@@ -127,7 +127,7 @@ def training_work(system, setting, options):
         model = GPT(make_config(setting, setting.vocab_size)).to(device)
         learner = Learner(model, setting, device, pick_dtype(None, device))
         if device.type == "cuda":
-            learner.compute = torch.compile(learner.worker)
+            learner.compute = learner.compiled()
         return lambda: learner.step(x, y, 1.0), x.numel()
     model = peer_model(system, setting, options).to(device)
     settings = dict(lr=setting.learning_rate, betas=(0.9, 0.99), weight_decay=0.1)

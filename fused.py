@@ -8,6 +8,7 @@ layer is five kernels, written in Triton (Tillet et al. 2019), the language of k
 
     step = FusedStep(model, cache, position)   # model.GPT, generate.KVCache, (1,) int64 on the GPU
     logits = step(token)                       # (B, 1) int64 -> (B, 1, V) float32, in place of model(token, cache=...)
+    token = step.draw(sampling)                # (B,) int64, the next token: one of the top_k, in one more kernel
 
 Each program of linear_kernel makes a few rows of a product. It asks for its weights before all else, on a Hopper GPU
 even while the kernel before still runs: those are the bytes that cost time. All else it reads waits until that one is
@@ -21,6 +22,7 @@ import torch
 import triton
 import triton.language as tl
 
+from generate import GREEDY
 from model import GPT
 from utils import first_line
 
@@ -30,6 +32,7 @@ ROWS = 4  # of W, for a program: so few that N = 768 of them keep the 132 multip
 MANY_ROWS, MANY = 16, 16384  # the same from so many rows on, as in lm_head: each program makes its own LayerNorm
 PER_THREAD = 16  # weights of each row, for a thread: in 16 bits twice what a thread reads at once
 TILE, TILE_WARPS = 8192, 8  # numbers of keys, and of values, that a program of attention_kernel reads at once
+MAX_TOP_K, DRAW_WARPS = 256, 8  # of how many likeliest tokens draw_kernel can draw one
 
 
 @triton.jit
@@ -56,13 +59,14 @@ def embedding_kernel(token, position, wte, wpe, x, C: tl.constexpr, BLOCK: tl.co
 
 @triton.jit
 def linear_kernel(
-    x, norm, shift, W, bias, y, N, B,
+    x, norm, shift, W, bias, y, tops, N, B,
     K: tl.constexpr, GELU: tl.constexpr, ADD: tl.constexpr,
     ROWS: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """y (B, N) = [y +] [gelu] ([LayerNorm] x W^T + bias), x (B, K), W (N, K); a program for ROWS rows of W and a text.
 
     norm, shift: the LayerNorm's weight and bias (K,), or None; bias (N,) or None. BLOCK: at least K, a power of two.
+    tops: None, or a place (B, N / ROWS) for the largest of each program's numbers.
     """
     n, b = tl.program_id(0) // B * ROWS + tl.arange(0, ROWS), tl.program_id(0) % B
     k = tl.arange(0, BLOCK)
@@ -91,6 +95,8 @@ def linear_kernel(
     if ADD:
         out += before
     tl.store(y + b * N + n, out, mask=rows)
+    if tops is not None:
+        tl.store(tops + b * tl.cdiv(N, ROWS) + tl.program_id(0) // B, tl.max(tl.where(rows, out, float("-inf"))))
 
 
 @triton.jit
@@ -147,6 +153,77 @@ def attention_kernel(
     tl.store(y + head * D + d, out / (tl.sum(total * fade) + weight), mask=inside)
 
 
+LEAST = tl.constexpr(-(2**31))  # an int32 for what is no candidate
+
+
+@triton.jit
+def ordered(x):
+    """Whole numbers, int32, that stand in the order of x, float32."""
+    bits = x.to(tl.int32, bitcast=True)
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)  # of two negative numbers the larger one has the smaller bits
+
+
+@triton.jit
+def threshold(keys, real, k, most):
+    """The k-th largest of the real keys, by halving; or a smaller one, once no more than `most` are at least that."""
+    low, high, count = tl.min(tl.where(real, keys, 2147483647)), tl.max(keys) + 1, tl.sum(real.to(tl.int32))
+    middle = (low & high) + ((low ^ high) >> 1)  # the mean of the two, which never overflows
+    while (count > most) & (middle != low):
+        n = tl.sum((keys >= middle).to(tl.int32))
+        if n >= k:
+            low, count = middle, n
+        else:
+            high = middle
+        middle = (low & high) + ((low ^ high) >> 1)
+    return low
+
+
+@triton.jit
+def places(keys, least, most):
+    """Where the keys go in a list of those at least `least`: the larger ones first, `most` in all; -1 for the rest."""
+    larger, equal = keys > least, keys == least
+    n = tl.cumsum(larger.to(tl.int32), 0)
+    place = tl.where(larger, n, tl.max(n) + tl.cumsum(equal.to(tl.int32), 0)) - 1
+    return tl.where((larger | equal) & (place < most), place, -1)
+
+
+@triton.jit
+def draw_kernel(
+    logits, tops, luck, position, slots, token, V, k, TEMPERATURE, B,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, SLOTS: tl.constexpr, OVERLAP: tl.constexpr,
+):  # fmt: skip
+    """token (B,): one of the k largest of logits (B, V), drawn with probabilities softmax(logits / TEMPERATURE).
+
+    A program for each text. The k largest are in the k parts of ROWS logits whose largest ones, tops (B, V / ROWS), are
+    largest: in at most SLOTS parts, a power of two from k on. luck (positions, B): a random number in [0, 1) for each
+    position. BLOCK: at least the number of parts, a power of two. slots: a place (B, SLOTS) for the parts' numbers.
+    """
+    wait(OVERLAP)
+    b, parts = tl.program_id(0), tl.cdiv(V, ROWS)
+    i, s = tl.arange(0, BLOCK), tl.arange(0, SLOTS)
+    keys = tl.where(i < parts, ordered(tl.load(tops + b * parts + i, mask=i < parts, other=0.0)), LEAST)
+    place = places(keys, threshold(keys, i < parts, tl.minimum(k, parts), SLOTS), SLOTS)
+    slots += b * SLOTS
+    tl.store(slots + s, tl.full((SLOTS,), -1, tl.int32))
+    tl.debug_barrier()  # between the threads of this program
+    tl.store(slots + place, i, mask=place >= 0)
+    tl.debug_barrier()
+    n = tl.load(slots + s)[:, None] * ROWS + tl.arange(0, ROWS)[None, :]
+    n = tl.reshape(n, (SLOTS * ROWS,))  # the tokens among which the k likeliest are
+    real = (n >= 0) & (n < V)
+    logit = tl.load(logits + b * V + n, mask=real, other=0.0)
+    keys = tl.where(real, ordered(logit), LEAST)
+    kept = places(keys, threshold(keys, real, k, k), k) >= 0
+    logit = tl.where(kept, logit / TEMPERATURE, float("-inf"))
+    up_to = tl.cumsum(tl.exp(logit - tl.max(logit)), 0)  # of the weights
+    total = tl.max(up_to)
+    chance = tl.load(luck + tl.load(position) * B + b)
+    j = tl.arange(0, SLOTS * ROWS)
+    wanted = tl.minimum(chance, 0.9999998) * total  # below 1 - 2^-23, and so below total when rounded
+    found = tl.min(tl.where(kept & (up_to > wanted), j, SLOTS * ROWS - 1))
+    tl.store(token + b, tl.minimum(tl.max(tl.where(j == found, n, 0)), V - 1).to(tl.int64))
+
+
 def usable(model, batch):
     """Can a FusedStep stand in for this model, for so many texts? PyTorch 2.8 and newer bring the Triton it needs."""
     if type(model) is not GPT or model.training or batch > MAX_BATCH or model.config.n_embd > MAX_EMBD:
@@ -187,9 +264,12 @@ class FusedStep:
         self.model, self.cache, self.position, self.B = model, cache, position, cache.layers[0].k.size(0)
         self.overlap = p.is_cuda and torch.cuda.get_device_capability(p.device) >= (9, 0)  # see `wait`
         sizes = (c.n_embd, 3 * c.n_embd, c.n_embd, 4 * c.n_embd, c.vocab_size)
-        self.x, self.qkv, self.y, self.h, self.logits = (
-            torch.empty(self.B, n, dtype=torch.float32, device=p.device) for n in sizes
-        )
+        self.x, self.qkv, self.y, self.h, self.logits = (self._place(n) for n in sizes)
+        self.rows = self._rows(c.vocab_size)
+        self.tops = self._place(triton.cdiv(c.vocab_size, self.rows))
+        self.slots = self._place(2 * MAX_TOP_K, torch.int32)
+        self.token = torch.empty(self.B, dtype=torch.int64, device=p.device)
+        self.luck = torch.empty(c.block_size, self.B, dtype=torch.float32, device=p.device)  # for draw, once each
 
     @torch.no_grad()
     def __call__(self, token):
@@ -205,15 +285,42 @@ class FusedStep:
                 self._linear(self.y, block.attn.c_proj, self.x, add=True)
                 self._linear(self.x, block.mlp.c_fc, self.h, norm=block.ln_2, gelu=True)
                 self._linear(self.h, block.mlp.c_proj, self.x, add=True)
-            self._linear(self.x, self.model.lm_head, self.logits, norm=parts.ln_f)
+            self._linear(self.x, self.model.lm_head, self.logits, norm=parts.ln_f, tops=self.tops)
         return self.logits[:, None]
 
-    def _linear(self, x, linear, y, norm=None, gelu=False, add=False):
+    @staticmethod
+    def can_draw(sampling):
+        """Does `draw` know this generate.Sampling? Not the rules that need tokens in order, or the text."""
+        whole = sampling.top_p is None or sampling.top_p >= 1
+        few = sampling.temperature < GREEDY or 0 < (sampling.top_k or 0) <= MAX_TOP_K
+        return whole and few and not sampling.min_p and sampling.repetition_penalty == 1
+
+    def draw(self, sampling):
+        """The token (B,) that follows, from the logits of the last call and the luck of its position."""
+        greedy = sampling.temperature < GREEDY
+        V = self.logits.size(1)
+        k, parts = 1 if greedy else min(sampling.top_k, V), self.tops.size(1)
+        slots = triton.next_power_of_2(min(2 * k, parts))  # twice as many as needed, so that halving ends early
+        draw_kernel[(self.B,)](
+            self.logits, self.tops, self.luck, self.position, self.slots, self.token, V, k,
+            1.0 if greedy else sampling.temperature, self.B,
+            self.rows, triton.next_power_of_2(parts), slots, self.overlap, num_warps=DRAW_WARPS, **self._launch(),
+        )  # fmt: skip
+        return self.token
+
+    def _place(self, n, dtype=torch.float32):
+        return torch.empty(self.B, n, dtype=dtype, device=self.position.device)
+
+    @staticmethod
+    def _rows(N):
+        return MANY_ROWS if N >= MANY else ROWS
+
+    def _linear(self, x, linear, y, norm=None, gelu=False, add=False, tops=None):
         N, K = linear.weight.shape
-        rows, block = MANY_ROWS if N >= MANY else ROWS, triton.next_power_of_2(K)
+        rows, block = self._rows(N), triton.next_power_of_2(K)
         weight, shift = (None, None) if norm is None else (norm.weight, norm.bias)
         linear_kernel[(triton.cdiv(N, rows) * self.B,)](
-            x, weight, shift, linear.weight, linear.bias, y, N, self.B,
+            x, weight, shift, linear.weight, linear.bias, y, tops, N, self.B,
             K, gelu, add, rows, block, self.overlap,
             num_warps=min(max(block // (32 * PER_THREAD), 1), 16), **self._launch(),
         )  # fmt: skip

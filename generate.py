@@ -270,6 +270,9 @@ def check_numbers(highest):
 # From logits to a token
 
 
+GREEDY = 1e-5  # a temperature finer than float32 tells logits apart, and dividing by it could overflow
+
+
 def next_token_probs(logits, temperature=1.0, top_k=None, top_p=None, min_p=None):
     """The distribution to draw the next token from: logits (..., V) -> probabilities (..., V), float32.
 
@@ -280,7 +283,7 @@ def next_token_probs(logits, temperature=1.0, top_k=None, top_p=None, min_p=None
     They apply in that order: the temperature, then top-k, and top-p and min-p to what was left.
     """
     logits = logits.float()
-    if temperature < 1e-5:  # finer than float32 tells logits apart, and dividing by it could overflow
+    if temperature < GREEDY:
         highest, ids = logits.max(dim=-1, keepdim=True)
         return torch.zeros_like(logits).scatter(-1, ids, 1.0) + 0.0 * highest  # NaN as a softmax, of infinity or NaN
     logits = logits / temperature

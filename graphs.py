@@ -148,6 +148,7 @@ class GraphReader(Reader):
         self.static = None
         self.steps = {}  # (positions that a step looks at, how it draws) -> (its replay, its logits or tokens)
         self.stale = True  # have tokens been read since the last step by other means?
+        self.luck_from = None  # the generator from which FusedStep.luck was drawn since, as (it,)
 
     def next_logits(self, text, last=1):
         if last == 1 and self._grown_by_one(text):
@@ -196,7 +197,10 @@ class GraphReader(Reader):
             self.steps[kind] = self._prepare(size, sampling, generator)
         if self.stale:
             self.static.refresh(self.cache)
-            self.stale = False
+            self.stale, self.luck_from = False, None
+        if self._draws(sampling) and self.luck_from != (generator,):  # for all tokens until the window is read anew
+            self.fused.luck.uniform_(generator=generator)
+            self.luck_from = (generator,)
         replay, [result] = self.steps[kind]
         replay()
         for layer in self.cache.layers:
@@ -213,6 +217,10 @@ class GraphReader(Reader):
             return None
         return fused.fused_step(self.model, self.cache, self.position, self.token)
 
+    def _draws(self, sampling):
+        """Does FusedStep draw the tokens too?"""
+        return bool(self.fused) and sampling is not None and self.fused.can_draw(sampling)
+
     def _step(self, size, sampling=None, generator=None):
         if self.fused:
             logits = self.fused(self.token)
@@ -220,7 +228,11 @@ class GraphReader(Reader):
             self.static.size = size
             self.static.make_mask()  # once for all layers
             logits, _ = self.model(self.token, cache=self.static)
-        return (logits if sampling is None else pick(sampling.probs(logits[:, -1], self.token), generator),)
+        if sampling is None:
+            return (logits,)
+        if self._draws(sampling):
+            return (self.fused.draw(sampling),)
+        return (pick(sampling.probs(logits[:, -1], self.token), generator),)
 
     def _prepare(self, size, sampling, generator):
         """Get a step ready that looks at so many positions. Returns what does it, and [where its result will be]."""

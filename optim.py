@@ -197,7 +197,7 @@ class Learner:
         if processes.world > 1 and not self.copied and not self.sharded:
             self.averaging = averaging(model, processes)
         self.uncompiled = self.averaging or self.worker
-        self.compute = self.uncompiled  # may be replaced by torch.compile(self.uncompiled)
+        self.compute = self.uncompiled  # may be replaced by self.compiled()
         self.skipped = torch.zeros(2, device=device)  # steps skipped for bad numbers: in all, and in a row until now
         self.pools = {}  # number of threads -> the threads
         self.recorded = None
@@ -221,6 +221,17 @@ class Learner:
         """
         alone = self.device.type != "cpu" or self.compute is not self.worker or self.worker.gradient_checkpointing
         return 1 if alone else min(parts, torch.get_num_threads())
+
+    def compiled(self):
+        """What may stand in for self.compute: the model, compiled.
+
+        Of one that works alone its loss only: had the compiled model logits to return, its backward pass would make and
+        add a gradient of zeros for them, at GPT-2's size 1.6 GB and 3 % of a step.
+        """
+        if self.averaging is not None or self.sharded:
+            return torch.compile(self.uncompiled)
+        worker = self.worker
+        return torch.compile(lambda x, y: (None, worker(x, y)[1]))
 
     def loss(self, x, y):
         """The loss of windows x, y (B, T), with its graph."""

@@ -497,7 +497,7 @@ def maybe_compile(learner, x, y, forced, seconds):
         return
     print(f"compile: yes, about {cost} s before the first step ...")
     try:
-        learner.compute = torch.compile(learner.uncompiled)
+        learner.compute = learner.compiled()
         with same_dice(learner.device):
             rows = learner.rows_at_once(x.size(1))
             learner.add_gradients(x[:rows], y[:rows])

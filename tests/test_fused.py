@@ -12,7 +12,7 @@ import pytest
 import torch
 from test_generate import tokens
 
-from generate import Reader, generate
+from generate import KVCache, Reader, Sampling, generate, next_token_probs
 from graphs import GraphReader
 
 WIDTHS = [dict(n_embd=16, n_head=2), dict(n_embd=39, n_head=3, bias=False, block_size=11)]
@@ -97,6 +97,72 @@ def check_the_number_of_rows_changes_nothing(fused, make_model, monkeypatch):
         torch.testing.assert_close(*both(model, text, 3), atol=1e-5, rtol=0)
 
 
+def step_behind(fused, model, text):
+    """A FusedStep that has read text (B, N)."""
+    cache = KVCache(model.config)
+    with torch.no_grad():
+        model(text[:, :-1], cache=cache)
+        step = fused.FusedStep(model, cache, torch.tensor([text.size(1) - 1], device=text.device))
+        step(text[:, -1:].contiguous())
+    return step
+
+
+def shares(step, sampling, n):
+    """How often each token is drawn with n chances evenly spread over 0 to 1: (B, V)."""
+    counts = torch.zeros(step.logits.shape, device=step.logits.device)
+    for i in range(n):
+        step.luck.fill_((i + 0.5) / n)
+        counts[torch.arange(len(counts)), step.draw(sampling)] += 1
+    return counts / n
+
+
+@pytest.mark.parametrize("many", [16384, 300], ids=["parts of 64", "parts of 16"])
+@pytest.mark.parametrize("B, how", [(3, dict(top_k=40)), (1, dict(top_k=3, temperature=0.3)), (2, dict(top_k=999))])
+def check_tokens_are_drawn_with_the_right_probabilities(fused, make_model, monkeypatch, many, B, how):
+    monkeypatch.setattr(fused, "MANY", many)
+    monkeypatch.setattr(fused, "MAX_TOP_K", 999)
+    step = step_behind(fused, make_model(n_layer=1, vocab_size=300), tokens(B, 5))
+    expected = next_token_probs(step.logits, **how)
+    found = shares(step, Sampling(**how), 60)
+    assert (found - expected).abs().max() < 1 / 60  # each token has a stretch of the chances as long as its probability
+    assert found[expected == 0].sum() == 0
+
+
+def check_the_draw_knows_equal_logits_and_extreme_ones(fused, make_model):
+    step = step_behind(fused, make_model(n_layer=1, vocab_size=300), tokens(2, 5))
+    for logits in (torch.zeros(2, 300), torch.full((2, 300), -5.0), torch.tensor([3e38, -3e38] * 150).expand(2, 300)):
+        step.logits.copy_(logits)
+        step.tops.copy_(torch.nn.functional.pad(logits, (0, 20), value=-float("inf")).view(2, -1, 64).amax(-1))
+        found = shares(step, Sampling(top_k=4), 8)
+        assert torch.equal(found.sort(descending=True).values[:, :4], torch.full((2, 4), 0.25))
+        assert (logits[found > 0] == logits.max()).all()
+        assert (logits[0, step.draw(Sampling(temperature=0))] == logits.max()).all()
+    for chance in (0.0, 1 - 2**-24):
+        step.luck.fill_(chance)
+        assert (logits[0, step.draw(Sampling(top_k=4))] == logits.max()).all()
+
+
+def check_a_seed_gives_the_same_text_and_another_one_another(fused, make_model):
+    model, idx = make_model(n_layer=1), tokens(2, 3)
+    texts = []
+    for seed in (1, 1, 2):
+        dice, before = torch.Generator().manual_seed(seed), torch.random.get_rng_state()
+        how = dict(top_k=5, generator=dice, reader=GraphReader(model))
+        texts.append(torch.stack(list(generate(model, idx, 2 * model.config.block_size, **how))))
+        assert how["reader"].luck_from == (dice,) and torch.equal(before, torch.random.get_rng_state())
+    assert torch.equal(texts[0], texts[1]) and not torch.equal(texts[0], texts[2])
+
+
+def check_what_the_draw_does_not_know_is_drawn_by_pytorch(fused, make_model):
+    model, idx = make_model(n_layer=1), tokens(2, 3)
+    for how in (dict(top_k=5, top_p=0.9), dict(top_k=5, min_p=0.1), dict(temperature=0.8), dict(top_k=257)):
+        assert not fused.FusedStep.can_draw(Sampling(**how))
+        dice = [torch.Generator().manual_seed(1) for _ in range(2)]
+        found = list(generate(model, idx, 9, generator=dice[0], reader=GraphReader(model), **how))
+        plain = list(generate(model, idx, 9, generator=dice[1], **how))
+        assert torch.equal(torch.stack(found), torch.stack(plain))
+
+
 def check_where_triton_cannot_compile_the_model_itself_writes_and_a_line_says_why(
     fused, make_model, monkeypatch, capsys
 ):
@@ -113,8 +179,12 @@ def check_where_triton_cannot_compile_the_model_itself_writes_and_a_line_says_wh
 
 
 # What the compiler takes each pointer for: numbers of 16 bits where the model's are
-LINEAR = dict(x="*fp32", norm="*bf16", shift="*bf16", W="*bf16", bias="*bf16", y="*fp32", N="i32", B="i32")
+LINEAR = dict(x="*fp32", norm="*bf16", shift="*bf16", W="*bf16", bias="*bf16", y="*fp32", tops="*fp32")
+LINEAR.update(N="i32", B="i32")
+NO_NORM = dict(norm=None, shift=None)
 ATTENTION = dict(qkv="*fp32", cache_k="*bf16", cache_v="*bf16", position="*i64", y="*fp32", S="i32", SCALE="fp32")
+DRAW = dict(logits="*fp32", tops="*fp32", luck="*fp32", position="*i64", slots="*i32", token="*i64")
+DRAW.update(V="i32", k="i32", TEMPERATURE="fp32", B="i32")
 EMBEDDING = dict(token="*i64", position="*i64", wte="*bf16", wpe="*bf16", x="*fp32")
 
 
@@ -125,11 +195,13 @@ EMBEDDING = dict(token="*i64", position="*i64", wte="*bf16", wpe="*bf16", x="*fp
     "name, types, constants, warps",
     [
         ("embedding_kernel", EMBEDDING, dict(C=768, BLOCK=1024), 4),
-        ("linear_kernel", LINEAR, dict(K=768, GELU=True, ADD=False, ROWS=4, BLOCK=1024), 4),
-        ("linear_kernel", LINEAR, dict(K=6400, GELU=False, ADD=True, ROWS=4, BLOCK=8192, norm=None, shift=None), 16),
+        ("linear_kernel", LINEAR, dict(K=768, GELU=True, ADD=False, ROWS=4, BLOCK=1024, tops=None), 4),
+        ("linear_kernel", LINEAR, dict(K=768, GELU=False, ADD=False, ROWS=16, BLOCK=1024, bias=None), 2),
+        ("linear_kernel", LINEAR, dict(K=6400, GELU=False, ADD=True, ROWS=4, BLOCK=8192, **NO_NORM, tops=None), 16),
         ("attention_kernel", ATTENTION, dict(H=12, D=64, BLOCK=128, BLOCK_D=64), 8),
+        ("draw_kernel", DRAW, dict(ROWS=16, BLOCK=4096, SLOTS=128), 8),
     ],
-    ids=["embedding", "linear", "long", "attention"],
+    ids=["embedding", "linear", "head", "long", "attention", "draw"],
 )
 def test_the_kernels_compile_for_gpus_that_are_not_here_and_write_only_after_the_wait(
     name, types, constants, warps, capability, tmp_path, monkeypatch
@@ -174,3 +246,29 @@ def test_on_a_gpu_the_text_is_the_same(make_model):
     readers = (GraphReader(model), Reader(model))
     texts = [list(generate(model, start.cuda(), 100, temperature=0, reader=reader)) for reader in readers]
     assert readers[0].fused is not None and torch.equal(*map(torch.stack, texts))
+
+
+@needs_triton
+@needs_gpu
+@pytest.mark.parametrize("B", [1, 3])
+def test_on_a_gpu_tokens_are_drawn_with_the_right_probabilities(make_model, B):
+    import fused
+
+    model = make_model(n_embd=192, n_head=3, block_size=64, vocab_size=20000).cuda()
+    step = step_behind(fused, model, torch.randint(20000, (B, 9), device="cuda"))
+    for how in (dict(top_k=40), dict(top_k=200, temperature=0.5), dict(temperature=0), dict(top_k=1)):
+        expected = next_token_probs(step.logits, **how)
+        found = shares(step, Sampling(**how), 500)
+        assert (found - expected).abs().max() < 1 / 500 and found[expected == 0].sum() == 0
+
+
+@needs_triton
+@needs_gpu
+def test_on_a_gpu_a_seed_gives_the_same_text(make_model):
+    model, start = make_model(n_embd=192, n_head=3, block_size=64).cuda(), torch.zeros(1, 1, dtype=torch.int64).cuda()
+    texts = []
+    for seed in (1, 1, 2):
+        dice = torch.Generator("cuda").manual_seed(seed)
+        texts.append(list(generate(model, start, 100, top_k=5, generator=dice, reader=GraphReader(model))))
+    texts = [torch.stack(text) for text in texts]
+    assert torch.equal(texts[0], texts[1]) and not torch.equal(texts[0], texts[2])

@@ -25,7 +25,7 @@ from generate import Reader
 from graphs import GraphReader, RecordedStep
 from model import Dropout, attention, attention_written_out, dropout
 from optim import Learner, build_optimizers, lr_share
-from utils import UserError, autocast, random_states, restore_random_states
+from utils import UserError, autocast, has_bfloat16, random_states, restore_random_states
 
 CPU = torch.device("cpu")
 VOCAB = 11
@@ -592,7 +592,8 @@ def test_recorded_steps_change_the_weights_as_others_do(arch, dtype, monkeypatch
     assert recorded.recorded.replay is not None and recorded.recorded.calls == 8
     for ours, theirs in zip(*results):  # each step's own, though all replays write to the same place
         torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
-    assert_same_weights(plain.model, recorded.model, atol=1e-5)
+    rough = arch == "modern" and has_bfloat16(torch.device("cpu"))  # Muon then rounds to bfloat16
+    assert_same_weights(plain.model, recorded.model, atol=3e-4 if rough else 1e-5)
     assert torch.equal(plain.skipped, recorded.skipped)
 
 

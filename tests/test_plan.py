@@ -384,7 +384,7 @@ def test_the_share_of_work_of_the_smaller_setting_by_hand():
 
 @pytest.fixture
 def compiled(monkeypatch):
-    """The models that torch.compile was asked for; it returns each with a wrapper around it."""
+    """The functions that torch.compile was asked for; it returns each with a wrapper around it."""
     models = []
 
     def compile(model):
@@ -415,7 +415,7 @@ def test_a_model_is_compiled_where_it_is_forced_or_earns_its_time_back(
         learner.loss = lambda x, y: learner.compute(x, y)[1]  # there is no GPU to compute on
         monkeypatch.setattr(plan, "same_dice", lambda device: contextlib.nullcontext())
     maybe_compile(learner, *windows(), forced, seconds)
-    assert compiled == ([learner.worker] if pays else [])
+    assert len(compiled) == pays
     assert (learner.compute is not learner.worker) == pays
     cost = 20 if gpu else 40
     said = f"compile: yes, about {cost} s" if pays else f"compile: no, this run would not earn back the {cost} s"
@@ -429,7 +429,7 @@ def test_compiling_leaves_no_trace_and_what_learns_is_still_the_model(make_model
     learner, plain = (make_learner(make_model, dtype) for _ in range(2))
     dice, before = torch.get_rng_state(), copy.deepcopy(learner.model.state_dict())
     maybe_compile(learner, *windows(), True, 1)
-    assert compiled == [learner.worker] and torch.equal(torch.get_rng_state(), dice)
+    assert len(compiled) == 1 and torch.equal(torch.get_rng_state(), dice)
     assert all(p.grad is None for p in [*learner.model.parameters(), *learner.worker.parameters()])
     assert list(learner.state_dict()["model"]) == list(before)
     losses = []
@@ -438,6 +438,16 @@ def test_compiling_leaves_no_trace_and_what_learns_is_still_the_model(make_model
         losses.append([each.step(*windows(), 1.0)[0].item() for _ in range(3)])
     assert losses[0] == losses[1]
     assert not torch.equal(before["lm_head.weight"], learner.model.lm_head.weight)
+
+
+def test_of_a_model_that_works_alone_the_loss_alone_is_compiled(make_model, compiled):
+    learner, (x, y) = make_learner(make_model), windows()
+    learner.worker.eval()  # no dropout
+    logits, loss = learner.compiled()(x, y)
+    assert logits is None and torch.equal(loss, learner.worker(x, y)[1])
+    learner.averaging = learner.uncompiled = torch.nn.Identity()  # of several processes
+    learner.compiled()
+    assert compiled[1] is learner.averaging
 
 
 @pytest.mark.parametrize("when", ["at once", "at the first use"])

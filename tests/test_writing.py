@@ -161,11 +161,12 @@ def test_a_step_that_is_recorded_writes_the_same_text_and_reads_no_number_on_the
     reader = Recorded(model, pad)
     found = written(generate(model, idx, 40, temperature=0, reader=reader))
     assert torch.equal(found, written(generate(model, idx, 40, temperature=0, pad=pad)))
-    dice = [torch.Generator().manual_seed(1) for _ in range(2)]
     how = dict(temperature=0.8, top_k=5, top_p=0.95, min_p=0.01, pad=pad)
     reader.start = None  # a new text
-    drawn = written(generate(model, idx, 40, reader=reader, generator=dice[0], **how))
-    assert torch.equal(drawn, written(generate(model, idx, 40, generator=dice[1], **how)))
+    torch.manual_seed(1)  # make_fx of PyTorch 2.11 knows no generators
+    drawn = written(generate(model, idx, 40, reader=reader, **how))
+    torch.manual_seed(1)
+    assert torch.equal(drawn, written(generate(model, idx, 40, **how)))
     waits = ("_local_scalar_dense", "nonzero", "equal", "lift_fresh")  # of a CUDA graph none may be part
     assert not [operation for operation in reader.operations if any(word in operation for word in waits)]
 
