@@ -200,6 +200,7 @@ def draw_kernel(
     """
     wait(OVERLAP)
     b, parts = tl.program_id(0), tl.cdiv(V, ROWS)
+    chance = tl.load(luck + tl.load(position) * B + b)
     i, s = tl.arange(0, BLOCK), tl.arange(0, SLOTS)
     keys = tl.where(i < parts, ordered(tl.load(tops + b * parts + i, mask=i < parts, other=0.0)), LEAST)
     place = places(keys, threshold(keys, i < parts, tl.minimum(k, parts), SLOTS), SLOTS)
@@ -217,7 +218,6 @@ def draw_kernel(
     logit = tl.where(kept, logit / TEMPERATURE, float("-inf"))
     up_to = tl.cumsum(tl.exp(logit - tl.max(logit)), 0)  # of the weights
     total = tl.max(up_to)
-    chance = tl.load(luck + tl.load(position) * B + b)
     j = tl.arange(0, SLOTS * ROWS)
     wanted = tl.minimum(chance, 0.9999998) * total  # below 1 - 2^-23, and so below total when rounded
     found = tl.min(tl.where(kept & (up_to > wanted), j, SLOTS * ROWS - 1))

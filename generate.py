@@ -56,12 +56,35 @@ class Visible:
         return self.numbers
 
 
+class Memory:
+    """The keys and values of all layers, side by side: beam search moves them in one operation."""
+
+    def __init__(self, config):
+        self.n_layer, self.block_size = config.n_layer, config.block_size
+        self.tensor = None  # (n_layer, 2, B, H, block_size, D), made when shape, device and type are known
+
+    def make(self, k):
+        """Room for keys such as k (B, H, T, D), and values."""
+        B, H, _, D = k.shape
+        self.tensor = k.new_zeros(self.n_layer, 2, B, H, self.block_size, D)
+
+    def select(self, rows, since, end):
+        """Make row i of the batch what row `rows[i]` was, where they may differ: positions since, ..., end - 1."""
+        if len(rows) != self.tensor.size(2):
+            self.tensor = self.tensor[:, :, rows]
+            return
+        moved = (rows != torch.arange(len(rows), device=rows.device)).nonzero().squeeze(1)
+        if len(moved) > 0 and since < end:
+            part = self.tensor[..., since:end, :]
+            part[:, :, moved] = part[:, :, rows[moved]]
+
+
 class LayerCache:
     """One layer's keys and values of the tokens read so far: each (B, H, block_size, D), `length` of it filled."""
 
-    def __init__(self, block_size, visible):
-        self.block_size, self.visible, self.length = block_size, visible, 0
-        self.k = self.v = None  # made at the first append, when shape, device and type are known
+    def __init__(self, number, memory, visible):
+        self.number, self.memory, self.visible, self.length = number, memory, visible, 0
+        self.k = self.v = None  # of the memory
         self.last = None  # (B, T, C): modern.py's token shift looks one position back
 
     def append(self, k, v):
@@ -70,8 +93,11 @@ class LayerCache:
         Returns those of all S tokens, (B, H, S, D), and which of them each of the T may look at (Visible.mask).
         """
         if self.k is None:
-            B, H, _, D = k.shape
-            self.k, self.v = k.new_zeros(B, H, self.block_size, D), v.new_zeros(B, H, self.block_size, D)
+            if self.memory.tensor is None:
+                self.memory.make(k)
+            self._look_up()
+        if k.requires_grad:  # the memory is for writing, not for learning
+            k, v = k.detach(), v.detach()
         end = self.length + k.size(2)
         self.k[:, :, self.length : end] = k
         self.v[:, :, self.length : end] = v
@@ -97,23 +123,22 @@ class LayerCache:
             self.length -= n
             self.last = None if self.last is None else self.last[:, :-n]
 
-    def select(self, rows, moved, since):
-        """Make row i of the batch what row `rows[i]` was; only the rows `moved` change, from position `since` on."""
-        if len(rows) != len(self.k):
-            self.k, self.v = self.k[rows], self.v[rows]
-        elif len(moved) > 0 and since < self.length:
-            for t in (self.k, self.v):
-                t[moved, :, since : self.length] = t[rows[moved], :, since : self.length]
+    def select(self, rows):
+        """After the memory has done so: make row i of the batch what row `rows[i]` was."""
+        self._look_up()
         if self.last is not None:
             self.last = self.last[:, -1:].index_select(0, rows)
+
+    def _look_up(self):
+        self.k, self.v = self.memory.tensor[self.number, 0], self.memory.tensor[self.number, 1]
 
 
 class KVCache:
     """The keys and values of every layer. `model(idx, cache=cache)` continues after the tokens in it."""
 
     def __init__(self, config, pad=None):
-        self.visible = Visible(pad)
-        self.layers = [LayerCache(config.block_size, self.visible) for _ in range(config.n_layer)]
+        self.visible, self.memory = Visible(pad), Memory(config)
+        self.layers = [LayerCache(n, self.memory, self.visible) for n in range(config.n_layer)]
 
     @property
     def length(self):
@@ -144,9 +169,9 @@ class KVCache:
 
         since: the first position at which a row and what it becomes may differ; what is before stays where it is.
         """
-        moved = (rows != torch.arange(len(rows), device=rows.device)).nonzero().squeeze(1)
+        self.memory.select(rows, since, self.length)
         for layer in self.layers:
-            layer.select(rows, moved, since)
+            layer.select(rows)
         if self.visible.pad is not None:
             self.visible.reset(self.visible.pad[rows])
 

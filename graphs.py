@@ -88,8 +88,8 @@ class StaticLayer:
     def append(self, k, v):
         """Add one token's keys and values (B, H, 1, D); returns those of `size` positions, and which to look at."""
         layer, size = self.layer, self.static.size
-        layer.k.index_copy_(2, self.static.position, k)
-        layer.v.index_copy_(2, self.static.position, v)
+        layer.k.index_copy_(2, self.static.position, k.detach())
+        layer.v.index_copy_(2, self.static.position, v.detach())
         return layer.k[:, :, :size], layer.v[:, :, :size], self.static.mask
 
     def previous(self, x):
