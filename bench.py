@@ -42,6 +42,7 @@ from bench_peers import (
     check_json,
     dtype_of,
     finished,
+    in_turns,
     measured,
     nanogpt_module,
     peers,
@@ -238,11 +239,7 @@ def speed(options):
     cases = [f"{system}|{work}|{name}" for name in names for work in works[name] for system in systems]
     peak = matmul_peak(device, dtype)
     print(f"{machine(device)}; matrix products {peak / 1e9:,.0f} GFLOP/s in {str(dtype)[6:]}")
-    results = {case: [] for case in cases}
-    for number in range(options.rounds):
-        for case in cases:
-            print(f"round {number + 1} of {options.rounds}: {case}", file=sys.stderr)
-            results[case].append(run_case(case, options))
+    results = in_turns(cases, options.rounds, lambda case: run_case(case, options))
     rows = []
     for case, found in results.items():
         system, work, name = case.split("|")

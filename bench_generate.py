@@ -15,7 +15,7 @@ from typing import Optional
 
 import torch
 
-from bench_peers import check_json, dtype_of, finished, measured, nanogpt_module, peers, synchronize
+from bench_peers import check_json, dtype_of, finished, in_turns, measured, nanogpt_module, peers, synchronize
 from checkpoint import load_model
 from draft import Draft
 from generate import (
@@ -74,13 +74,8 @@ def main(options):
         raise UserError(f"--peers: write no more than block_size tokens; give a model with more than {NEW_TOKENS}")
     systems = [*(f"ours, {kind}" for kind in kinds(model, device)), *others]
     cases = [f"{s}|{w}" for w in WORKS for s in systems if s != "nanogpt" or w in ("sample", "first")]
-    results = {case: [] for case in cases}
-    whole = []
-    for number in range(options.rounds):
-        for case in cases:
-            print(f"round {number + 1} of {options.rounds}: {case}", file=sys.stderr)
-            results[case].append(run_case(case, options))
-        whole.append(whole_process(options))
+    results = in_turns(cases, options.rounds, lambda case: run_case(case, options))
+    whole = [whole_process(options) for _ in range(options.rounds)]
     for work, title in WORKS.items():
         print(f"\n{title}")
         for system in systems:

@@ -70,6 +70,18 @@ def finished(command, what, **settings):
     return done
 
 
+def in_turns(cases, rounds, run_case):
+    """Measure each case in each round: {case: [what run_case(case) gave, ...]}. Says each figure as it comes."""
+    results = {case: [] for case in cases}
+    for number in range(rounds):
+        for case in cases:
+            print(f"round {number + 1} of {rounds}: {case}", end="", file=sys.stderr, flush=True)
+            found = run_case(case)
+            results[case].append(found)
+            print(f"  {next(iter(found.values())):,.1f}", file=sys.stderr)  # the figure comes first
+    return results
+
+
 def measured(command, case, ours=None):
     """The JSON that a command prints which measures a case, SYSTEM|..., in a process as that system has it.
 

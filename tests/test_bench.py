@@ -235,3 +235,11 @@ def test_bits_per_byte_are_counted_in_the_runs_own_tokens(command, out_dir, monk
     assert row["bits_per_byte"] == pytest.approx(row["val_loss"] / torch.tensor(2.0).log().item())
     assert f"{row['bits_per_byte']:.3f}" in result.out
     assert load_data(text).bits_per_byte(row["val_loss"]) < 0.95 * row["bits_per_byte"]
+
+
+def test_cases_take_turns_and_each_figure_is_told_as_it_comes(capsys):
+    found = bench_peers.in_turns(["a|x", "b|x"], 2, lambda case: dict(figure=1234.56, note=case))
+    assert found == {case: [dict(figure=1234.56, note=case)] * 2 for case in ("a|x", "b|x")}
+    told = capsys.readouterr()
+    rounds = [f"round {n} of 2: {case}  1,234.6\n" for n in (1, 2) for case in ("a|x", "b|x")]
+    assert told.err == "".join(rounds) and told.out == ""
