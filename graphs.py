@@ -18,9 +18,10 @@ from dataclasses import astuple
 import torch
 
 from generate import Reader, Sampling, pick
-from utils import UserError, first_line, is_out_of_memory, same_dice, torch_version
+from utils import UserError, first_line, is_out_of_memory, same_dice, told_when_slow, torch_version
 
 WARM_UP = 3  # runs of a step before it is recorded, in which PyTorch's libraries set themselves up
+COMPILING = "preparing this GPU for a model of this size, which Triton remembers: some seconds more ..."
 
 
 def can_be_recorded(device):
@@ -185,7 +186,8 @@ class GraphReader(Reader):
             self.token = text[:, -1:].clone()
             self.position = torch.tensor([self.cache.length], device=text.device)
             self.static = StaticCache(self.cache, self.position)
-            self.fused = self._fused_step()
+            with told_when_slow(COMPILING):
+                self.fused = self._fused_step()
         self.token.copy_(text[:, -1:])
         self.position.fill_(self.cache.length)
         size = self.block_size if self.fused else self.SHORTEST
@@ -194,7 +196,8 @@ class GraphReader(Reader):
         size = min(size, self.block_size)
         kind = (size, sampling and astuple(sampling), generator)
         if kind not in self.steps:
-            self.steps[kind] = self._prepare(size, sampling, generator)
+            with told_when_slow(COMPILING):
+                self.steps[kind] = self._prepare(size, sampling, generator)
         if self.stale:
             self.static.refresh(self.cache)
             self.stale, self.luck_from = False, None

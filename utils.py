@@ -33,6 +33,7 @@ import errno
 import functools
 import json
 import re
+import threading
 import typing
 from dataclasses import field, fields
 
@@ -338,6 +339,18 @@ def same_dice(device):
         yield
     finally:
         restore_random_states(states, device)
+
+
+@contextlib.contextmanager
+def told_when_slow(line, seconds=2.0):
+    """A context that prints a line on stderr when what is in it takes longer than that."""
+    timer = threading.Timer(seconds, print, [f"\n{line}"], dict(file=sys.stderr))  # a prompt may stand before it
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 CGROUP = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")  # version 2, version 1

@@ -393,3 +393,22 @@ def test_the_memory_is_that_of_the_container_where_it_has_less(tmp_path, monkeyp
     Path(limits[0]).write_text("max\n")
     Path(limits[1]).write_text(f"{2**63 - 4096}\n")
     assert utils.memory_of(CPU) == machine
+
+
+def test_what_takes_longer_than_two_seconds_is_told(capsys, monkeypatch):
+    due = []
+
+    class Timer:
+        def __init__(self, seconds, function, args, keywords):
+            self.seconds, self.ring = seconds, lambda: function(*args, **keywords)
+            self.start, self.cancel = lambda: due.append(self), due.clear
+
+    monkeypatch.setattr(utils.threading, "Timer", Timer)
+    with utils.told_when_slow("preparing"):
+        assert due[0].seconds == 2 and capsys.readouterr().err == ""
+        due[0].ring()
+        assert capsys.readouterr().err == "\npreparing\n"
+    assert not due
+    with pytest.raises(KeyError), utils.told_when_slow("preparing"):
+        raise KeyError
+    assert not due
