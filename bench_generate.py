@@ -75,6 +75,7 @@ def main(options):
     systems = [*(f"ours, {kind}" for kind in kinds(model, device)), *others]
     cases = [f"{s}|{w}" for w in WORKS for s in systems if s != "nanogpt" or w in ("sample", "first")]
     results = in_turns(cases, options.rounds, lambda case: run_case(case, options))
+    print("sample.py as a whole process", file=sys.stderr)
     whole = [whole_process(options) for _ in range(options.rounds)]
     for work, title in WORKS.items():
         print(f"\n{title}")

@@ -75,7 +75,7 @@ def in_turns(cases, rounds, run_case):
     results = {case: [] for case in cases}
     for number in range(rounds):
         for case in cases:
-            print(f"round {number + 1} of {rounds}: {case}", end="", file=sys.stderr, flush=True)
+            print(f"round {number + 1} of {rounds}: {case}", file=sys.stderr)
             found = run_case(case)
             results[case].append(found)
             print(f"  {next(iter(found.values())):,.1f}", file=sys.stderr)  # the figure comes first

@@ -217,7 +217,7 @@ def draw_kernel(
     kept = places(keys, threshold(keys, real, k, k), k) >= 0
     logit = tl.where(kept, logit / TEMPERATURE, float("-inf"))
     up_to = tl.cumsum(tl.exp(logit - tl.max(logit)), 0)  # of the weights
-    total = tl.max(up_to)
+    total = tl.max(tl.where(kept, up_to, 0.0))  # behind the last of them, rounding may differ
     j = tl.arange(0, SLOTS * ROWS)
     wanted = tl.minimum(chance, 0.9999998) * total  # below 1 - 2^-23, and so below total when rounded
     found = tl.min(tl.where(kept & (up_to > wanted), j, SLOTS * ROWS - 1))
@@ -256,6 +256,7 @@ def say(line):
 class FusedStep:
     """step(token (B, 1)) -> logits (B, 1, V) in float32: what model(token, cache=cache) does at `position`, (1,) int64.
 
+    step.draw(sampling) -> the token (B,) that follows.
     The cache must have held a token before, so that its memory is there. All memory stays where it is.
     """
 
@@ -269,7 +270,8 @@ class FusedStep:
         self.tops = self._place(triton.cdiv(c.vocab_size, self.rows))
         self.slots = self._place(2 * MAX_TOP_K, torch.int32)
         self.token = torch.empty(self.B, dtype=torch.int64, device=p.device)
-        self.luck = torch.empty(c.block_size, self.B, dtype=torch.float32, device=p.device)  # for draw, once each
+        # (position, text) -> a number in [0, 1) for draw; who draws fills it before.
+        self.luck = torch.empty(c.block_size, self.B, dtype=torch.float32, device=p.device)
 
     @torch.no_grad()
     def __call__(self, token):

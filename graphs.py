@@ -89,7 +89,7 @@ class StaticLayer:
     def append(self, k, v):
         """Add one token's keys and values (B, H, 1, D); returns those of `size` positions, and which to look at."""
         layer, size = self.layer, self.static.size
-        layer.k.index_copy_(2, self.static.position, k.detach())
+        layer.k.index_copy_(2, self.static.position, k.detach())  # as LayerCache.append
         layer.v.index_copy_(2, self.static.position, v.detach())
         return layer.k[:, :, :size], layer.v[:, :, :size], self.static.mask
 
@@ -149,7 +149,7 @@ class GraphReader(Reader):
         self.static = None
         self.steps = {}  # (positions that a step looks at, how it draws) -> (its replay, its logits or tokens)
         self.stale = True  # have tokens been read since the last step by other means?
-        self.luck_from = None  # the generator from which FusedStep.luck was drawn since, as (it,)
+        self.luck_from = None  # (the generator of FusedStep.luck,), since the window was last read by other means
 
     def next_logits(self, text, last=1):
         if last == 1 and self._grown_by_one(text):
@@ -158,7 +158,11 @@ class GraphReader(Reader):
         return super().next_logits(text, last)
 
     def next_tokens(self, text, sampling, generator=None):
-        """As Reader.next_tokens. Drawing them is part of the step, unless they depend on all of the text."""
+        """As Reader.next_tokens. Drawing them is part of the step, unless they depend on all of the text.
+
+        FusedStep draws with random numbers that are made for a window at once: should the generator be seeded anew,
+        that counts from the next window on.
+        """
         recorded = type(sampling) is Sampling and sampling.repetition_penalty == 1  # another's Python would not be
         if not recorded or not self._grown_by_one(text):
             return super().next_tokens(text, sampling, generator)
@@ -194,14 +198,15 @@ class GraphReader(Reader):
         while size <= self.cache.length:
             size *= 2
         size = min(size, self.block_size)
-        kind = (size, sampling and astuple(sampling), generator)
+        inside = None if self._draws(sampling) else generator  # from which the step itself draws
+        kind = (size, sampling and astuple(sampling), inside)
         if kind not in self.steps:
-            with told_when_slow(COMPILING):
-                self.steps[kind] = self._prepare(size, sampling, generator)
+            with told_when_slow(COMPILING) if self.fused else contextlib.nullcontext():
+                self.steps[kind] = self._prepare(size, sampling, inside)
         if self.stale:
             self.static.refresh(self.cache)
             self.stale, self.luck_from = False, None
-        if self._draws(sampling) and self.luck_from != (generator,):  # for all tokens until the window is read anew
+        if self._draws(sampling) and self.luck_from != (generator,):  # for all tokens that fit into the window
             self.fused.luck.uniform_(generator=generator)
             self.luck_from = (generator,)
         replay, [result] = self.steps[kind]

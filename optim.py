@@ -225,8 +225,8 @@ class Learner:
     def compiled(self):
         """What may stand in for self.compute: the model, compiled.
 
-        Of one that works alone its loss only: had the compiled model logits to return, its backward pass would make and
-        add a gradient of zeros for them, at GPT-2's size 1.6 GB and 3 % of a step.
+        Its loss only, unless DistributedDataParallel or sharding wraps it: had it logits to return, the backward pass
+        would make and add a gradient of zeros for them, at GPT-2's size 1.6 GB and 3 % of a step.
         """
         if self.averaging is not None or self.sharded:
             return torch.compile(self.uncompiled)

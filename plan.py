@@ -488,7 +488,7 @@ def maybe_compile(learner, x, y, forced, seconds):
     seconds: how long the run will take. Falls back to the model as it is, in one line, where no compiler works.
     """
     # On a GPU: seconds that compiling takes (10 to 18 on an H100's machine), share of the time that it saves (of a
-    # modern model 0.45, of a GPT 0.09 at the default size and 0.27 at GPT-2's).
+    # modern model 0.45, of a GPT 0.09 at the default size and 0.31 at GPT-2's).
     cost, gain = 20, 0.4 if learner.options.arch == "modern" else 0.1
     if learner.device.type == "cpu":
         cost, gain = 40, 0.0  # parts of a batch side by side, which a compiled model cannot do, are as fast

@@ -241,5 +241,5 @@ def test_cases_take_turns_and_each_figure_is_told_as_it_comes(capsys):
     found = bench_peers.in_turns(["a|x", "b|x"], 2, lambda case: dict(figure=1234.56, note=case))
     assert found == {case: [dict(figure=1234.56, note=case)] * 2 for case in ("a|x", "b|x")}
     told = capsys.readouterr()
-    rounds = [f"round {n} of 2: {case}  1,234.6\n" for n in (1, 2) for case in ("a|x", "b|x")]
+    rounds = [f"round {n} of 2: {case}\n  1,234.6\n" for n in (1, 2) for case in ("a|x", "b|x")]
     assert told.err == "".join(rounds) and told.out == ""

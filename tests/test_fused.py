@@ -108,12 +108,47 @@ def step_behind(fused, model, text):
 
 
 def shares(step, sampling, n):
-    """How often each token is drawn with n chances evenly spread over 0 to 1: (B, V)."""
+    """How often each token is drawn with n chances evenly spread over 0 to 1, another for each text: (B, V)."""
     counts = torch.zeros(step.logits.shape, device=step.logits.device)
+    texts = torch.arange(len(counts), device=counts.device)
     for i in range(n):
-        step.luck.fill_((i + 0.5) / n)
-        counts[torch.arange(len(counts)), step.draw(sampling)] += 1
+        step.luck.fill_(float("nan"))
+        step.luck[step.position] = ((i + 7 * texts) % n + 0.5) / n
+        counts[texts, step.draw(sampling)] += 1
     return counts / n
+
+
+def give_logits(step, logits):
+    """Let a step have other logits (B, V) than its model's, and the largest of each part."""
+    padded = torch.nn.functional.pad(logits, (0, -logits.size(1) % step.rows), value=-float("inf"))
+    step.logits.copy_(logits)
+    step.tops.copy_(padded.view(len(logits), -1, step.rows).amax(-1))
+
+
+@pytest.mark.parametrize("rows", [4, 16])
+@pytest.mark.parametrize("V", [1, 5, 65, 1000])
+def check_the_tokens_drawn_are_the_k_likeliest(fused, make_model, monkeypatch, rows, V):
+    monkeypatch.setattr(fused, "ROWS", rows)
+    step = step_behind(fused, make_model(n_layer=1, vocab_size=V), torch.zeros(2, 3, dtype=torch.int64))
+    dice = torch.Generator().manual_seed(0)
+    for k in (1, 2, 40, 200):
+        logits = torch.randn(2, V, generator=dice).mul(0.1).where(torch.rand(2, V, generator=dice) < 0.9, -torch.inf)
+        logits[:, V // 2] = 0.5
+        give_logits(step, logits)
+        expected = next_token_probs(logits, top_k=k)
+        found = shares(step, Sampling(top_k=k), 23)
+        assert (found - expected).abs().max() < 1 / 23 and found[expected == 0].sum() == 0
+        assert torch.equal(step.draw(Sampling(temperature=0)), logits.argmax(1))
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def check_the_largest_logits_of_each_part_are_told(fused, make_model, sign):
+    model = make_model(n_layer=1, vocab_size=257)
+    with torch.no_grad():
+        model.lm_head.weight[-1] *= sign  # alone in its part, beside 63 rows that are none
+    step = step_behind(fused, model, tokens(2, 5))
+    padded = torch.nn.functional.pad(step.logits, (0, 63), value=-float("inf"))
+    assert torch.equal(step.tops, padded.view(2, -1, 64).amax(-1))
 
 
 @pytest.mark.parametrize("many", [16384, 300], ids=["parts of 64", "parts of 16"])
@@ -131,12 +166,14 @@ def check_tokens_are_drawn_with_the_right_probabilities(fused, make_model, monke
 def check_the_draw_knows_equal_logits_and_extreme_ones(fused, make_model):
     step = step_behind(fused, make_model(n_layer=1, vocab_size=300), tokens(2, 5))
     for logits in (torch.zeros(2, 300), torch.full((2, 300), -5.0), torch.tensor([3e38, -3e38] * 150).expand(2, 300)):
-        step.logits.copy_(logits)
-        step.tops.copy_(torch.nn.functional.pad(logits, (0, 20), value=-float("inf")).view(2, -1, 64).amax(-1))
+        give_logits(step, logits)
         found = shares(step, Sampling(top_k=4), 8)
         assert torch.equal(found.sort(descending=True).values[:, :4], torch.full((2, 4), 0.25))
         assert (logits[found > 0] == logits.max()).all()
         assert (logits[0, step.draw(Sampling(temperature=0))] == logits.max()).all()
+    step.luck[step.position] = torch.tensor([0.0, 0.99])  # to each text its own
+    first, second = step.draw(Sampling(top_k=4)).tolist()
+    assert first != second
     for chance in (0.0, 1 - 2**-24):
         step.luck.fill_(chance)
         assert (logits[0, step.draw(Sampling(top_k=4))] == logits.max()).all()
@@ -151,6 +188,22 @@ def check_a_seed_gives_the_same_text_and_another_one_another(fused, make_model):
         texts.append(torch.stack(list(generate(model, idx, 2 * model.config.block_size, **how))))
         assert how["reader"].luck_from == (dice,) and torch.equal(before, torch.random.get_rng_state())
     assert torch.equal(texts[0], texts[1]) and not torch.equal(texts[0], texts[2])
+
+
+def check_each_window_and_each_generator_has_luck_of_its_own_and_no_recording(fused, make_model):
+    model, text, seen = make_model(n_layer=1), tokens(2, 3), []
+    reader, dice = GraphReader(model), [torch.Generator().manual_seed(seed) for seed in (1, 2)]
+    with torch.inference_mode():
+        for i in range(20):
+            token = reader.next_tokens(text, Sampling(top_k=5), dice[i // 13])
+            text = torch.cat([text, token[:, None]], 1)
+            luck = reader.fused.luck if reader.static else torch.zeros(1)
+            if not seen or not torch.equal(seen[-1], luck):
+                seen.append(luck.clone())
+    # Before the first; then with block_size 8 a window for i = 1 to 5, 7 to 10, 12 to 15 with a change of the generator
+    # at 13, and from 17 on.
+    assert len(seen) == 6 and all(luck.min() >= 0 and luck.max() < 1 for luck in seen)
+    assert len({tuple(luck.flatten().tolist()) for luck in seen}) == 6 and len(reader.steps) == 1
 
 
 def check_what_the_draw_does_not_know_is_drawn_by_pytorch(fused, make_model):
