@@ -309,7 +309,8 @@ def test_a_worker_that_is_killed_is_started_again_and_where_none_is_left_to_star
     status, _, err = finish(job, timeout=60)
     assert time.monotonic() - killed < 30
     said, tracebacks = errors(err)
-    assert status == 1 and len(said) == 2 and tracebacks <= TORCHRUN_SAYS, "one for each that was killed"
+    # One for each that was killed, unless torchrun ended the other worker before that had noticed.
+    assert status == 1 and 1 <= len(said) <= 2 and tracebacks <= TORCHRUN_SAYS, said
     assert all("another process of this run has ended" in line and "--resume" in line for line in said)
     alone(flags("unbroken", "--eval_interval", 10, steps=before + 15))
     assert_alike("broken", "unbroken", tolerance=1e-3, weights=None)

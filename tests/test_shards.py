@@ -712,10 +712,13 @@ def prepare_and_train(directory, n, tokenizer, processes):
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 def test_memory_does_not_grow_with_the_text(tmp_path):
-    """The long test in small: 40 MB more text, in memory 40 MB of characters and at least as much of tokens."""
-    small, large = (prepare_and_train(tmp_path / str(n), n * 10**6, "bytes", 1) for n in (10, 50))
-    growth = [(b - a) / 1e6 for a, b in zip(small, large)]
-    assert max(growth) < 40, (small, large)
+    """The long test in small: 50 MB more text, in memory 50 MB of characters and twice as much of tokens.
+
+    What training takes besides differs by up to 45 MB from run to run.
+    """
+    small, large = (prepare_and_train(tmp_path / str(n), n * 10**6, "bytes", 1) for n in (10, 60))
+    prepared, trained = ((b - a) / 1e6 for a, b in zip(small, large))
+    assert prepared < 25 and trained < 75, (small, large)
 
 
 @pytest.mark.long
