@@ -198,7 +198,8 @@ class GraphReader(Reader):
         while size <= self.cache.length:
             size *= 2
         size = min(size, self.block_size)
-        inside = None if self._draws(sampling) else generator  # from which the step itself draws
+        draws = self._draws(sampling)
+        inside = None if draws else generator  # from which the step itself draws
         kind = (size, sampling and astuple(sampling), inside)
         if kind not in self.steps:
             with told_when_slow(COMPILING) if self.fused else contextlib.nullcontext():
@@ -206,7 +207,7 @@ class GraphReader(Reader):
         if self.stale:
             self.static.refresh(self.cache)
             self.stale, self.luck_from = False, None
-        if self._draws(sampling) and self.luck_from != (generator,):  # for all tokens that fit into the window
+        if draws and self.luck_from != (generator,):  # for all tokens that fit into the window
             self.fused.luck.uniform_(generator=generator)
             self.luck_from = (generator,)
         replay, [result] = self.steps[kind]
