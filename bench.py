@@ -36,6 +36,7 @@ import bench_generate
 import bench_page
 import modern
 import optim
+import plan
 import train
 from bench_peers import (
     AS_PYTORCH_HAS_IT,
@@ -411,6 +412,10 @@ def without_rotary():
     modern.CausalSelfAttention.forward = rewired(modern.CausalSelfAttention.forward, rotate=lambda x, cos, sin: x)
 
 
+def without_ngrams():
+    plan.MODERN_SHAPE["ngram"] = 1
+
+
 def without_query_key_norm():
     modern.CausalSelfAttention.forward = rewired(modern.CausalSelfAttention.forward, norm=lambda x: x)
 
@@ -448,6 +453,7 @@ def without_muon():
 
 IDEAS = {
     "rotary positions": without_rotary,
+    "n-gram vectors": without_ngrams,
     "query-key norm": without_query_key_norm,
     "token shift": without_token_shift,
     "ReLU squared (GELU instead)": without_relu_squared,

@@ -194,6 +194,7 @@ def activation_bytes(config, tokens, place, checkpointing):
     """What the forward pass of so many tokens keeps for the backward pass, but for the logits, in bytes."""
     C, L, modern = config.n_embd, config.n_layer, isinstance(config, ModernConfig)
     ends = ((2 if modern else 1) * place.stream + place.item + (place.mask if config.dropout > 0 else 0)) * C
+    ends += 8 * (config.ngram - 1) if modern else 0  # which row of the table each run of tokens has
     if checkpointing:  # the stream between the layers, and all of the one layer that is being computed again
         return tokens * (L * place.stream * C + layer_bytes(config, place) + ends)
     one_matrix = 3 * C * C * place.item if modern else 0  # queries', keys' and values' matrices put together

@@ -43,6 +43,7 @@ from utils import UserError, first_line, memory_of, missing_extra, sync_director
 
 METRICS = "metrics.jsonl"
 MODERN_TYPE = "nanogpt-modern"  # in config.json, where a GPT has "gpt2"
+BEFORE_NGRAMS = dict(ngram=1, ngram_rows=1)  # what a config.json says that is older than these
 HUB_NAMES = {name: f"openai-community/{name}" for name in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")}
 
 # GPT-2's published weights hold these matrices as (in, out); a PyTorch Linear holds (out, in).
@@ -279,6 +280,8 @@ def _check_sizes(path, config, weights):
     tables = {"wte.weight" if modern else "transformer.wte.weight": (config.vocab_size, config.n_embd)}
     if not modern:
         tables["transformer.wpe.weight"] = (config.block_size, config.n_embd)
+    elif config.ngram > 1:
+        tables["ngrams.table.weight"] = (config.ngram_rows, config.n_embd)
     shapes = {name: tuple(tensor.shape) for name, tensor in weights.items()}
     problems = [
         f"{name} is {shapes.get(name)}, not {size}" for name, size in tables.items() if shapes.get(name) != size
@@ -356,7 +359,7 @@ def _read_directory(directory):
 def _read_modern(path, c):
     """The ModernConfig in a config.json that was read from path."""
     try:
-        return ModernConfig(**{f.name: c[f.name] for f in fields(ModernConfig)})
+        return ModernConfig(**{f.name: {**BEFORE_NGRAMS, **c}[f.name] for f in fields(ModernConfig)})
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path}: is no complete config ({error!r})") from None
 

@@ -23,7 +23,7 @@ import os
 import re
 import textwrap
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Optional
 
 import torch
@@ -274,7 +274,7 @@ def build_page(model, spec, how, prompt="", title=None, training=()):
     c = model.config
     header = {
         "architecture": type(model).__name__,
-        "config": {k: getattr(c, k) for k in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd")},
+        "config": {k: v for k, v in asdict(c).items() if k not in ("dropout", "bias")},
         "format": how,
         "tensors": [{"name": name, "shape": list(t.shape)} for name, t in tensors.items()],
     }

@@ -140,6 +140,8 @@ class KVCache:
     def __init__(self, config, pad=None):
         self.visible, self.memory = Visible(pad), Memory(config)
         self.layers = [LayerCache(n, self.memory, self.visible) for n in range(config.n_layer)]
+        self.before = getattr(config, "ngram", 1) - 1  # how far modern.py's n-grams look back
+        self.tokens = None  # (B, self.before or more): the newest ones, where there is such a look
 
     @property
     def length(self):
@@ -154,14 +156,26 @@ class KVCache:
         places, pad = self.places(T, device), self.visible.pad
         return places if pad is None else (places - pad[:, None]).clamp(min=0)
 
+    def with_before(self, idx):
+        """The next tokens idx (B, T) and the self.before tokens before them, -1 for none: (B, self.before + T)."""
+        if self.visible.pad is not None:
+            idx = idx.masked_fill(self.places(idx.size(1), idx.device) < self.visible.pad[:, None], -1)
+        none = self.tokens is None
+        before = idx.new_full((len(idx), self.before), -1) if none else self.tokens[:, -self.before :]
+        self.tokens = torch.cat([before, idx], dim=1)
+        return self.tokens
+
     def clear(self, pad=None):
         """Forget all tokens, and keep the memory."""
         self.visible.reset(pad)
+        self.tokens = None
         for layer in self.layers:
             layer.clear()
 
     def forget(self, n):
         """Forget the last n tokens, fewer than the last call of the model read: guesses that were wrong."""
+        if self.tokens is not None:
+            self.tokens = self.tokens[:, : self.tokens.size(1) - n]
         for layer in self.layers:
             layer.forget(n)
 
@@ -173,6 +187,8 @@ class KVCache:
         self.memory.select(rows, since, self.length)
         for layer in self.layers:
             layer.select(rows)
+        if self.tokens is not None:
+            self.tokens = self.tokens.index_select(0, rows)
         if self.visible.pad is not None:
             self.visible.reset(self.visible.pad[rows])
 

@@ -108,6 +108,7 @@ class StaticCache:
         pad = cache.visible.pad
         self.position, self.size, self.pad = position, None, None if pad is None else pad.clone()
         self.layers = [StaticLayer(layer, self) for layer in cache.layers]
+        self.tokens = None if cache.tokens is None else cache.tokens[:, -cache.before :].clone()
 
     def make_mask(self):
         """Visible.mask of the step, over S = size positions: (1, 1, 1, S), or with padding (B, 1, 1, S)."""
@@ -118,8 +119,16 @@ class StaticCache:
             hidden = hidden | (places < self.pad[:, None])
         self.mask = k.new_zeros(hidden.shape).masked_fill_(hidden, float("-inf")).view(-1, 1, 1, self.size)
 
+    def with_before(self, idx):
+        """KVCache.with_before of one token (B, 1)."""
+        tokens = torch.cat([self.tokens, idx], dim=1)
+        self.tokens.copy_(tokens[:, 1:])
+        return tokens
+
     def refresh(self, cache):
         """Take over what has changed since tokens were read by other means."""
+        if self.tokens is not None:
+            self.tokens.copy_(cache.tokens[:, -cache.before :])
         if self.pad is not None:
             self.pad.copy_(cache.visible.pad)
         for static, layer in zip(self.layers, cache.layers):
@@ -134,6 +143,8 @@ class StaticCache:
 
     def give_back(self, cache):
         """Let the cache know what these steps have moved."""
+        if self.tokens is not None:
+            cache.tokens = self.tokens.clone()
         for static, layer in zip(self.layers, cache.layers):
             if static.last is not None:
                 layer.last = static.last.clone()

@@ -30,7 +30,7 @@ def has_float16():
 
 def usual_format(model):
     """The format in which a model writes fastest on this CPU without losing exactness that one could notice."""
-    if model.num_params() < LIGHT_ENOUGH:
+    if model.num_params(embedding=False) < LIGHT_ENOUGH:
         return "float32"
     return "bfloat16" if has_bfloat16(torch.device("cpu")) else "float16" if has_float16() else "float32"
 

@@ -4,6 +4,7 @@ What changed, and why, with the papers. What each one buys, measured by leaving 
 
     rotary positions        where a token stands is told by turning its queries and keys, not by adding a vector
     query-key norm          queries and keys of fixed length: attention cannot blow up, so larger learning rates work
+    n-gram vectors          each run of up to five tokens has a vector too: what is seen often need not be computed
     token shift             each layer also sees the token before, so attention need not be spent on that
     ReLU squared            a cheaper, sparser bend than GELU, and as good or better
     no biases, plain norms  nothing to learn where learning buys nothing
@@ -36,9 +37,11 @@ class ModernConfig:
     n_head: int = 6
     n_embd: int = 384
     dropout: float = 0.0
+    ngram: int = 5  # tokens of the longest run that has a vector of its own; 1 for none but the tokens themselves
+    ngram_rows: int = 16384  # vectors that all runs share
 
     def __post_init__(self):
-        for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd"):
+        for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd", "ngram", "ngram_rows"):
             if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
                 raise ValueError(f"{name} {getattr(self, name)}: must be a whole number of at least 1")
         if self.n_embd % (2 * self.n_head) != 0:
@@ -53,6 +56,36 @@ class ModernConfig:
 def norm(x):
     """Scale each position's channels to mean 0 and variance 1, nothing learned (Groeneveld et al. 2024, OLMo, 2.1)."""
     return F.layer_norm(x, x.shape[-1:])
+
+
+PRIME = 2**31 - 1  # numbers below it, times a token's, are exact in JavaScript too
+
+
+class NGrams(nn.Module):
+    """A vector for each run of 2, 3, ... n tokens, added to that of the run's last one.
+
+    trigram.py counts what follows each two tokens; here such a run has a vector that is learned like a token's. There
+    are more runs than rows in the table, so a number made of a run's tokens says which row is its own, and some share
+    one (Pagnoni et al. 2024, Byte Latent Transformer, 3.2.1; Huang et al. 2025, Over-Tokenized Transformer).
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        self.n = config.ngram
+        self.table = nn.Embedding(config.ngram_rows, config.n_embd)
+        nn.init.normal_(self.table.weight, std=0.1)  # a token's has 1: it is heard first
+        factors = torch.tensor([pow(1_000_003, back, PRIME) for back in range(self.n)])
+        self.register_buffer("factors", factors, persistent=False)  # (n,)
+
+    def forward(self, tokens):
+        """tokens: (B, n - 1 + T) int64, the last T and the n - 1 before them, -1 for none -> (B, T, C)."""
+        return self.table(self.rows(tokens)).sum(dim=2)
+
+    def rows(self, tokens):
+        """Which row is that of each run that ends at a token: (B, n - 1 + T) -> (B, T, n - 1), the shortest first."""
+        newest_first = tokens.unfold(1, self.n, 1).flip(2)  # (B, T, n): each token, then those before it
+        numbers = ((newest_first + 2) * self.factors).cumsum(dim=2)  # (B, T, n): of the run of each length
+        return numbers[:, :, 1:] % PRIME % self.table.num_embeddings
 
 
 def rotary_table(block_size, D):
@@ -157,6 +190,7 @@ class Modern(nn.Module):
         self.config = config
         self.gradient_checkpointing = False
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
+        self.ngrams = NGrams(config) if config.ngram > 1 else None
         self.drop = Dropout(config.dropout)
         self.layers = nn.ModuleList([Block(config) for _ in range(config.n_layer)])
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)  # untied
@@ -179,7 +213,11 @@ class Modern(nn.Module):
             raise ValueError(
                 f"{start + T} tokens do not fit in block_size {self.config.block_size}; keep the last ones"
             )
-        x = self.drop(norm(self.wte(idx)))  # (B, T, C)
+        x = self.wte(idx)  # (B, T, C)
+        if self.ngrams is not None:
+            tokens = F.pad(idx, (self.config.ngram - 1, 0), value=-1) if cache is None else cache.with_before(idx)
+            x = x + self.ngrams(tokens)
+        x = self.drop(norm(x))
         places = slice(0, T) if cache is None else cache.places(T, idx.device)
         cos, sin = (table[places].to(x.dtype) for table in (self.cos, self.sin))
         for i, block in enumerate(self.layers):
@@ -196,8 +234,9 @@ class Modern(nn.Module):
         return logits, F.cross_entropy(logits.view(-1, logits.size(-1)), targets.reshape(-1), ignore_index=-1)
 
     def num_params(self, embedding=True):
-        """How many numbers are learned; without `embedding`, the table for reading is left out."""
-        return sum(p.numel() for p in self.parameters()) - (0 if embedding else self.wte.weight.numel())
+        """How many numbers are learned; without `embedding`, the tables for reading are left out."""
+        tables = [m.weight for m in self.modules() if isinstance(m, nn.Embedding)]
+        return sum(p.numel() for p in self.parameters()) - (0 if embedding else sum(t.numel() for t in tables))
 
     def flops_per_token(self):
         """Floating-point operations that training takes for one token, counted as in model.GPT.flops_per_token."""

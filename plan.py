@@ -24,6 +24,7 @@ from utils import UserError, first_line, memory_of, same_dice
 
 # What a modern model has for a default in place of TrainOptions'.
 MODERN = dict(learning_rate=4e-3, min_lr=0.0, warmup_iters=20, weight_decay=0.0, beta1=0.8, beta2=0.95)
+MODERN_SHAPE = dict(ngram=5)  # not of a model that there is already
 
 # What fine-tuning (--init_from) has for a default in place of both: weights that know much should change little, and
 # soon. The shape of the recipe is that of Radford et al. 2018 (GPT-1), 4.1; the rates were tried on texts of our own.
@@ -102,7 +103,8 @@ def check_memory(options, vocab_size):
     Counts what is certain: 16 bytes a parameter (weight, gradient, AdamW's two means) and a batch's tokens and logits.
     """
     o = options
-    parameters = 12 * o.n_layer * o.n_embd**2 + (vocab_size + o.block_size) * o.n_embd
+    rows = vocab_size + o.block_size + (ModernConfig.ngram_rows if o.ngram > 1 else 0)
+    parameters = 12 * o.n_layer * o.n_embd**2 + rows * o.n_embd
     tokens = o.batch_size * o.block_size
     needed = 16 * parameters + 4 * tokens * vocab_size + 16 * tokens * o.gradient_accumulation_steps
     memory = memory_of(torch.device("cpu"))
@@ -133,13 +135,13 @@ def choose_settings(options, given, tokens, device, dtype, peak=None, processes=
         sizes, why = for_minutes(options.minutes, tokens, device, dtype, peak)
         chosen.update(sizes)
         if options.arch == "modern":
-            chosen = {**MODERN, **chosen}
+            chosen = {**MODERN, **MODERN_SHAPE, **chosen}
         else:
             rate = sizes.get("learning_rate", 0)  # AdamW alone bears less, and larger models little (docs/speed.md)
             chosen.update(learning_rate=rate * 2 / 3 if rate > 0.01 else 2e-3, min_lr=0.0)
             chosen.pop("matrix_lr", None)
     elif options.arch == "modern":
-        chosen = MODERN
+        chosen = {**MODERN, **MODERN_SHAPE}
     if "batch_size" in chosen:
         chosen["batch_size"] = math.ceil(chosen["batch_size"] / processes) * processes
     chosen = {name: value for name, value in chosen.items() if name not in given}
@@ -156,6 +158,8 @@ def check_arch(options, given):
     """Raises UserError for a flag that does nothing in a model of this architecture."""
     if "matrix_lr" in given and options.arch != "modern":
         flag, of = f"--matrix_lr {options.matrix_lr:g}", "modern"
+    elif "ngram" in given and options.ngram > 1 and options.arch != "modern":
+        flag, of = f"--ngram {options.ngram}", "modern"
     elif "bias" in given and options.bias and options.arch != "gpt":
         flag, of = "--bias", "gpt"
     else:
@@ -188,7 +192,7 @@ def make_config(options, vocab_size):
     sizes = {name: getattr(options, name) for name in ("block_size", "n_layer", "n_head", "n_embd", "dropout")}
     try:
         if options.arch == "modern":
-            return ModernConfig(vocab_size=vocab_size, **sizes)
+            return ModernConfig(vocab_size=vocab_size, ngram=options.ngram, **sizes)
         return GPTConfig(vocab_size=vocab_size, bias=options.bias, **sizes)
     except ValueError as error:
         raise UserError(f"--{error}") from None
@@ -268,7 +272,7 @@ def begin_from(options, given, device, dtype, processes=1):
     dropout = options.dropout if "dropout" in given else FINE_TUNING["dropout"]
     model, tokenizer = load_model(options.init_from, block_size, dropout)
     found = dict(asdict(model.config), arch="modern" if isinstance(model, Modern) else "gpt")
-    for name in ("arch", "block_size", "n_layer", "n_head", "n_embd", "bias"):
+    for name in ("arch", "block_size", "n_layer", "n_head", "n_embd", "ngram", "bias"):
         wanted = getattr(options, name)
         if name in given and name in found and wanted != found[name]:
             raise UserError(f"--{name} {wanted}: {options.init_from} has {found[name]}; leave the flag out")

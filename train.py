@@ -120,6 +120,7 @@ class TrainOptions:
     n_embd: int = option(384, "channels (embedding dimension), a multiple of n_head", at_least=1)
     block_size: int = option(256, "context length in tokens", at_least=1)
     dropout: float = option(0.2, "share of activations switched off while training", at_least=0, below=1)
+    ngram: int = option(1, "tokens of the longest run that has a vector; modern: 5", at_least=1, below=100)
     bias: bool = option(True, "biases in the linear layers and LayerNorms, as in GPT-2; modern: none")
     # training
     batch_size: int = option(64, "windows of block_size tokens in each step", at_least=1)

@@ -21,11 +21,13 @@ class Cache {
     this.length = 0;
     this.keys = perLayer(); // each (block_size, C), the heads side by side
     this.values = perLayer();
+    this.tokens = new Int32Array(block_size);
     this.inputs = shifts ? perLayer() : []; // what a layer read at each position, where it looks one position back
   }
 
   copyFrom(other) {
     this.length = other.length;
+    this.tokens.set(other.tokens);
     for (const kept of ["keys", "values", "inputs"]) {
       this[kept].forEach((array, layer) => array.set(other[kept][layer].subarray(0, other.length * this.width)));
     }
@@ -65,7 +67,8 @@ class Transformer {
     const { n_embd: C, n_layer } = this.config;
     if (record) Object.assign(record, { attention: [], stream: [] });
     const keep = () => record && record.stream.push(this.x.slice((T - 1) * C, T * C));
-    this.embed(tokens, cache.length);
+    cache.tokens.set(tokens, cache.length);
+    this.embed(tokens, cache);
     keep();
     for (let layer = 0; layer < n_layer; layer++) {
       this.block(layer, T, cache, record);
@@ -131,7 +134,7 @@ class GPT extends Transformer {
   }
 
   /** x (T, C) = a vector for each token + a vector for each position. */
-  embed(tokens, start) {
+  embed(tokens, { length: start }) {
     const C = this.config.n_embd;
     const wte = this.weights["transformer.wte.weight"];
     const wpe = this.weights["transformer.wpe.weight"];
@@ -173,7 +176,9 @@ class GPT extends Transformer {
   }
 }
 
-/** modern.py's Modern: rotary positions, query-key norm, token shift, ReLU squared, soft-capped logits. */
+const PRIME = 2 ** 31 - 1;
+
+/** modern.py's Modern: n-gram vectors, rotary positions, query-key norm, token shift, ReLU squared, soft-capped logits. */
 class Modern extends Transformer {
   constructor(config, weights, arithmetic) {
     super(config, weights, arithmetic);
@@ -190,10 +195,24 @@ class Modern extends Transformer {
     return true;
   }
 
-  embed(tokens) {
-    const C = this.config.n_embd;
+  /** x (T, C) = norm of a vector for each token + one for each run of 2, 3, ... ngram tokens that ends with it. */
+  embed(tokens, cache) {
+    const { n_embd: C, ngram, ngram_rows: rows } = this.config;
     const wte = this.weights["wte.weight"];
-    tokens.forEach((token, t) => this.x.set(wte.subarray(token * C, (token + 1) * C), t * C));
+    const table = this.weights["ngrams.table.weight"];
+    tokens.forEach((token, t) => {
+      const place = cache.length + t;
+      const x = this.x.subarray(t * C, (t + 1) * C);
+      x.set(wte.subarray(token * C, (token + 1) * C));
+      let number = token + 2; // of the run, which says what row of the table is its own
+      let factor = 1;
+      for (let back = 1; back < ngram; back++) {
+        factor = (factor * 1_000_003) % PRIME;
+        number = (number + ((back <= place ? cache.tokens[place - back] : -1) + 2) * factor) % PRIME;
+        const row = number % rows;
+        add(x, table.subarray(row * C, (row + 1) * C), C);
+      }
+    });
     normalize(this.x, this.x, tokens.length, C);
   }
 

@@ -92,7 +92,7 @@ def test_an_empty_model_is_empty_beside_transformers(monkeypatch):
 def test_the_parts_of_a_modern_model_by_hand():
     C, V, L = 64, 97, 2
     assert budget.parameters(budget.empty_model(make_config("modern"))) == {
-        "embeddings": V * C,
+        "embeddings": V * C + 16384 * C,
         "attention": L * 4 * C * C,
         "MLP": L * 8 * C * C,
         "norms and shifts": L * C,

@@ -1,5 +1,6 @@
 """modern.py: model.GPT's interface, what each of its ideas promises, and the same text with and without a cache."""
 
+import itertools
 import json
 import math
 from dataclasses import asdict
@@ -19,7 +20,7 @@ from train import TrainOptions
 from utils import UserError
 
 LETTERS = "\nabcdefghij"
-SIZES = dict(block_size=8, vocab_size=11, n_layer=2, n_head=2, n_embd=16)
+SIZES = dict(block_size=8, vocab_size=11, n_layer=2, n_head=2, n_embd=16, ngram=4, ngram_rows=101)
 CPU = torch.device("cpu")
 
 
@@ -93,7 +94,7 @@ def test_parameters_and_flops_by_hand():
     V, T, C, L = 11, 8, 16, 2
     layer = 4 * C * C + 2 * 4 * C * C + C  # attention's four matrices, the MLP's two, the token shift
     model = fresh()
-    assert model.num_params() == 2 * V * C + L * layer
+    assert model.num_params() == 2 * V * C + 101 * C + L * layer
     assert model.num_params(embedding=False) == V * C + L * layer
     assert model.flops_per_token() == 6 * (V * C + L * layer) + 12 * L * C * T
 
@@ -151,10 +152,10 @@ def test_the_other_matrices_of_the_layers_start_uniform_and_the_table_for_readin
         if name.endswith("c_proj.weight") or name.endswith("shift") or name == "lm_head.weight":
             assert (p == 0).all(), name
         else:
-            std = 1.0 if name == "wte.weight" else 0.5 / math.sqrt(128)
+            std = {"wte.weight": 1.0, "ngrams.table.weight": 0.1}.get(name, 0.5 / math.sqrt(128))
             assert float(p.std()) == pytest.approx(std, rel=0.03), name
             assert abs(float(p.mean())) < 0.05 * std, name
-            assert (p.abs().max() <= math.sqrt(3) * std) == (name != "wte.weight"), name
+            assert (p.abs().max() <= math.sqrt(3) * std) == (name.startswith("layers.")), name
 
 
 def test_reading_and_writing_have_a_table_each():
@@ -182,6 +183,49 @@ def test_a_later_token_never_changes_an_earlier_logit(training):
         after = logits(changed)
         torch.testing.assert_close(after[:, :t], before[:, :t], rtol=0, atol=1e-6)
         assert ((after - before)[:, t:].abs().amax(dim=(0, 2)) > 1e-3).all(), "and every later logit does change"
+
+
+def row_of(run, rows):
+    """The row of a run of tokens, the first one first, in whole numbers that never overflow."""
+    number = sum((token + 2) * 1_000_003**back for back, token in enumerate(reversed(run)))
+    return number % (2**31 - 1) % rows
+
+
+@pytest.mark.parametrize("vocab_size", [11, 50_257])
+@pytest.mark.parametrize("n", [2, 5])
+def test_every_run_of_tokens_has_the_row_of_its_number_and_none_has_less_than_its_length(vocab_size, n):
+    model = fresh(ngram=n, ngram_rows=1009)
+    idx = [-1] * (n - 1) + torch.randint(vocab_size, (20,), generator=torch.Generator().manual_seed(n)).tolist()
+    rows = model.ngrams.rows(torch.tensor([idx]))
+    assert rows.shape == (1, 20, n - 1)
+    for t in range(20):
+        runs = [idx[n - 1 + t - back : n + t] for back in range(1, n)]
+        assert rows[0, t].tolist() == [row_of(run, 1009) for run in runs]
+
+
+def test_runs_are_spread_evenly_over_the_rows():
+    """Of all runs of up to three of 11 tokens, no more share a row than chance would have it."""
+    rows = [row_of(run, 16384) for n in (2, 3) for run in itertools.product(range(11), repeat=n)]
+    assert len(set(rows)) > 0.9 * len(rows)
+
+
+def test_what_a_token_reads_is_its_own_vector_and_those_of_the_runs_that_end_with_it():
+    model, idx, n, seen = make_modern(), tokens(1, 8), 4, []
+    model.layers[0].register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    model(idx)
+    text = [-1] * (n - 1) + idx[0].tolist()
+    for t in range(8):
+        runs = [text[n - 1 + t - back : n + t] for back in range(1, n)]
+        expected = model.wte.weight[idx[0, t]] + sum(model.ngrams.table.weight[row_of(run, 101)] for run in runs)
+        torch.testing.assert_close(seen[0][0, t], norm(expected))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_without_ngrams_a_token_reads_its_own_vector_alone(seed):
+    model, idx, seen = make_modern(seed, ngram=1), tokens(2, 8, seed=seed), []
+    model.layers[0].register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    assert model(idx)[0].shape == (2, 1, 11) and not any("ngram" in name for name in model.state_dict())
+    assert torch.equal(seen[0], norm(model.wte(idx)))
 
 
 def scores(q, k, first, cos, sin):
@@ -400,6 +444,16 @@ def test_its_config_json_says_what_it_is_so_that_nobody_takes_it_for_a_gpt2(save
     assert config == {"model_type": "nanogpt-modern", **asdict(model.config)}
 
 
+def test_a_model_saved_before_there_were_ngrams_has_none(tmp_path):
+    model = make_modern(ngram=1)
+    save_model(str(tmp_path), model, CharTokenizer(LETTERS))
+    path = tmp_path / "config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps({name: value for name, value in config.items() if "ngram" not in name}))
+    loaded, idx = load_model(str(tmp_path))[0].eval(), tokens(2, 8)
+    assert loaded.config.ngram == 1 and torch.equal(loaded(idx)[0], model(idx)[0])
+
+
 def test_a_model_that_computed_in_bfloat16_is_saved_in_float32(tmp_path):
     save_model(str(tmp_path), make_modern().bfloat16(), CharTokenizer(LETTERS))
     assert all(p.dtype == torch.float32 for p in load_model(str(tmp_path))[0].parameters())
@@ -433,6 +487,9 @@ def test_a_smaller_block_size_crops_the_window_and_a_larger_one_is_refused(saved
         (dict(n_layer=1), "its weights do not fit its own config"),
         (dict(n_embd=32), "its weights do not fit its own config"),
         (dict(vocab_size=12), "its weights do not fit its own config"),
+        (dict(ngram_rows=102), "config (ngrams.table.weight is (101, 16), not (102, 16))"),
+        (dict(ngram=1), "its weights do not fit its own config"),
+        (dict(ngram=0), "ngram 0: must be a whole number"),
         (dict(vocab_size=5), "its tokenizer has 11 tokens, its model only 5"),
         (dict(model_type="gpt2"), "is no complete GPT-2 config"),
         (dict(model_type="llama"), "is a model of type 'llama'"),
@@ -538,5 +595,5 @@ def test_one_small_batch_is_learned_by_heart(dtype):
 def test_a_model_is_a_module_like_any_other():
     """Deep copies, moves and state dicts carry no table of angles along, and need none."""
     model = make_modern()
-    assert isinstance(model, nn.Module) and not {"cos", "sin"} & set(model.state_dict())
-    assert {name for name, _ in model.named_buffers()} == {"cos", "sin"}
+    assert isinstance(model, nn.Module) and not {"cos", "sin", "ngrams.factors"} & set(model.state_dict())
+    assert {name for name, _ in model.named_buffers()} == {"cos", "sin", "ngrams.factors"}

@@ -109,7 +109,9 @@ def test_of_a_modern_model_muon_gets_the_matrices_of_the_layers_and_adamw_the_re
     in_a_layer = ("c_q.weight", "c_k.weight", "c_v.weight", "attn.c_proj.weight", "c_fc.weight", "mlp.c_proj.weight")
     assert len(by_muon) == 2 * len(in_a_layer) and all(n.startswith("layers.") for n in by_muon)
     assert all(n.endswith(in_a_layer) for n in by_muon)
-    assert sorted(by_adamw) == sorted(["wte.weight", "lm_head.weight", "layers.0.shift", "layers.1.shift"])
+    assert sorted(by_adamw) == sorted(
+        ["wte.weight", "ngrams.table.weight", "lm_head.weight", "layers.0.shift", "layers.1.shift"]
+    )
     assert sorted(by_muon + by_adamw) == sorted(names.values())
     assert [(g["weight_decay"], g["lr"], g["momentum"]) for g in muon.param_groups] == [(0.3, 0.05, 0.9)]
     assert [(g["weight_decay"], g["lr"], g["betas"]) for g in adamw.param_groups] == [(0.0, 1e-2, (0.8, 0.95))]
