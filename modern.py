@@ -67,6 +67,9 @@ class NGrams(nn.Module):
     trigram.py counts what follows each two tokens; here such a run has a vector that is learned like a token's. There
     are more runs than rows in the table, so a number made of a run's tokens says which row is its own, and some share
     one (Pagnoni et al. 2024, Byte Latent Transformer, 3.2.1; Huang et al. 2025, Over-Tokenized Transformer).
+
+    What followed a long run in a text is soon known by heart. So the vectors shrink with each step, and only those stay
+    large that are used often (build_optimizers, --ngram_decay).
     """
 
     def __init__(self, config):

@@ -19,7 +19,7 @@ def build_optimizers(model, options, device):
     """A GPT's AdamW (Loshchilov & Hutter 2019), or a modern model's Muon for the matrices and AdamW for the rest.
 
     Muon (Jordan et al. 2024) makes all singular values of a matrix's update equal, so that no direction is neglected.
-    Weight decay is for matrices alone, not for biases, norms and other vectors.
+    Weight decay is for matrices alone, not for biases, norms and other vectors; n-grams have their own.
     """
     adamw = dict(lr=options.learning_rate, betas=(options.beta1, options.beta2))
     since = dict(cuda=(2, 1), cpu=(2, 4)).get(device.type)  # a GPU's in 2.0.0 does not heed found_inf (Learner.update)
@@ -31,10 +31,13 @@ def build_optimizers(model, options, device):
         if not hasattr(torch.optim, "Muon"):
             raise UserError(f"--arch modern needs PyTorch 2.9 or newer for its Muon optimizer, not {torch.__version__}")
         matrices = [p for p in model.layers.parameters() if p.dim() == 2]
-        for_muon = set(map(id, matrices))
-        rest = [p for p in model.parameters() if id(p) not in for_muon]
+        ngrams = [] if model.ngrams is None else [model.ngrams.table.weight]
+        others = set(map(id, matrices + ngrams))
+        rest = [p for p in model.parameters() if id(p) not in others]
+        groups = [dict(params=rest, weight_decay=0.0)]
+        groups += [dict(params=ngrams, weight_decay=options.ngram_decay)] if ngrams else []
         muon = Muon(matrices, lr=options.matrix_lr, weight_decay=options.weight_decay, momentum=0.9)
-        return [muon, AdamW(rest, weight_decay=0.0, eps=1e-10, **adamw)]
+        return [muon, AdamW(groups, eps=1e-10, **adamw)]
     matrices = [p for p in model.parameters() if p.dim() >= 2]
     vectors = [p for p in model.parameters() if p.dim() < 2]
     groups = [dict(params=matrices, weight_decay=options.weight_decay), dict(params=vectors, weight_decay=0.0)]

@@ -160,6 +160,8 @@ def check_arch(options, given):
         flag, of = f"--matrix_lr {options.matrix_lr:g}", "modern"
     elif "ngram" in given and options.ngram > 1 and options.arch != "modern":
         flag, of = f"--ngram {options.ngram}", "modern"
+    elif "ngram_decay" in given and options.arch != "modern":
+        flag, of = f"--ngram_decay {options.ngram_decay:g}", "modern"
     elif "bias" in given and options.bias and options.arch != "gpt":
         flag, of = "--bias", "gpt"
     else:

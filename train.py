@@ -121,6 +121,7 @@ class TrainOptions:
     block_size: int = option(256, "context length in tokens", at_least=1)
     dropout: float = option(0.2, "share of activations switched off while training", at_least=0, below=1)
     ngram: int = option(1, "tokens of the longest run that has a vector; modern: 5", at_least=1, below=100)
+    ngram_decay: float = option(1.0, "decay of these vectors", at_least=0)
     bias: bool = option(True, "biases in the linear layers and LayerNorms, as in GPT-2; modern: none")
     # training
     batch_size: int = option(64, "windows of block_size tokens in each step", at_least=1)
