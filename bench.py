@@ -446,7 +446,10 @@ def without_soft_cap():
 
 def without_muon():
     def build_optimizers(model, options, device):
-        return [torch.optim.AdamW(model.parameters(), lr=0.016, betas=(0.9, 0.99), weight_decay=0.1, fused=True)]
+        ngrams = [] if model.ngrams is None else list(model.ngrams.parameters())
+        rest = [p for p in model.parameters() if not any(p is q for q in ngrams)]
+        groups = [dict(params=rest, weight_decay=0.1), dict(params=ngrams, weight_decay=options.ngram_decay)]
+        return [torch.optim.AdamW(groups, lr=0.016, betas=(0.9, 0.99), fused=True)]
 
     optim.build_optimizers = build_optimizers
 

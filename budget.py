@@ -228,7 +228,8 @@ def evaluation_bytes(config, tokens, place):
     C, item, modern = config.n_embd, place.item, isinstance(config, ModernConfig)
     layer = 14 * 4 + 3 * item if modern else 2 * 4 + 8 * item
     logits = 3 * 4 if modern else 2 * 4 + (item if item == 2 else 0)
-    return tokens * max(layer * C, 2 * 4 * C + logits * config.vocab_size)
+    ngrams = 4 * (config.ngram + 1) * C if modern else 0
+    return tokens * max(layer * C, ngrams, 2 * 4 * C + logits * config.vocab_size)
 
 
 def gathered_bytes(model, item):

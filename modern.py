@@ -26,6 +26,8 @@ from torch.utils.checkpoint import checkpoint
 
 from model import Dropout, attention
 
+LONGEST = 16  # tokens of a run that may have a vector
+
 
 @dataclass
 class ModernConfig:
@@ -44,6 +46,8 @@ class ModernConfig:
         for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd", "ngram", "ngram_rows"):
             if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
                 raise ValueError(f"{name} {getattr(self, name)}: must be a whole number of at least 1")
+        if self.ngram > LONGEST:
+            raise ValueError(f"ngram {self.ngram}: must be at most {LONGEST}")
         if self.n_embd % (2 * self.n_head) != 0:
             raise ValueError(
                 f"n_embd {self.n_embd} is not divisible by 2 x n_head {self.n_head}: rotary positions turn each head's "
@@ -76,7 +80,7 @@ class NGrams(nn.Module):
         super().__init__()
         self.n = config.ngram
         self.table = nn.Embedding(config.ngram_rows, config.n_embd)
-        nn.init.normal_(self.table.weight, std=0.1)  # a token's has 1: it is heard first
+        self.table.weight.data.mul_(0.1)  # a token's vector is left at 1: it is heard first
         factors = torch.tensor([pow(1_000_003, back, PRIME) for back in range(self.n)])
         self.register_buffer("factors", factors, persistent=False)  # (n,)
 
@@ -86,9 +90,12 @@ class NGrams(nn.Module):
 
     def rows(self, tokens):
         """Which row is that of each run that ends at a token: (B, n - 1 + T) -> (B, T, n - 1), the shortest first."""
+        device, factors = tokens.device, self.factors
+        if device.type == "mps" and torch.__version__ < "2.8":  # an Apple GPU took remainders in float32 until then
+            tokens, factors = tokens.cpu(), factors.cpu()
         newest_first = tokens.unfold(1, self.n, 1).flip(2)  # (B, T, n): each token, then those before it
-        numbers = ((newest_first + 2) * self.factors).cumsum(dim=2)  # (B, T, n): of the run of each length
-        return numbers[:, :, 1:] % PRIME % self.table.num_embeddings
+        numbers = ((newest_first + 2) * factors).cumsum(dim=2)  # (B, T, n): of the run of each length
+        return (numbers[:, :, 1:] % PRIME % self.table.num_embeddings).to(device)
 
 
 def rotary_table(block_size, D):

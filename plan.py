@@ -24,7 +24,7 @@ from utils import UserError, first_line, memory_of, same_dice
 
 # What a modern model has for a default in place of TrainOptions'.
 MODERN = dict(learning_rate=4e-3, min_lr=0.0, warmup_iters=20, weight_decay=0.0, beta1=0.8, beta2=0.95)
-MODERN_SHAPE = dict(ngram=5)  # not of a model that there is already
+MODERN_SHAPE = dict(ngram=5)  # of a new one; a fine-tuning's model has its shape
 
 # What fine-tuning (--init_from) has for a default in place of both: weights that know much should change little, and
 # soon. The shape of the recipe is that of Radford et al. 2018 (GPT-1), 4.1; the rates were tried on texts of our own.
@@ -103,7 +103,7 @@ def check_memory(options, vocab_size):
     Counts what is certain: 16 bytes a parameter (weight, gradient, AdamW's two means) and a batch's tokens and logits.
     """
     o = options
-    rows = vocab_size + o.block_size + (ModernConfig.ngram_rows if o.ngram > 1 else 0)
+    rows = vocab_size + o.block_size + (o.ngram_rows if o.ngram > 1 else 0)
     parameters = 12 * o.n_layer * o.n_embd**2 + rows * o.n_embd
     tokens = o.batch_size * o.block_size
     needed = 16 * parameters + 4 * tokens * vocab_size + 16 * tokens * o.gradient_accumulation_steps
@@ -151,7 +151,12 @@ def choose_settings(options, given, tokens, device, dtype, peak=None, processes=
         print(
             " ".join(f"--{name} {value:g}" if name != "arch" else f"--{name} {value}" for name, value in shown.items())
         )
-    return replace(options, **chosen)
+    options = replace(options, **chosen)
+    for name in ("ngram_rows", "ngram_decay"):
+        if name in given and options.ngram == 1:
+            value = getattr(options, name)
+            raise UserError(f"--{name} {value:g}: is for a modern model with --ngram above 1; leave it out")
+    return options
 
 
 def check_arch(options, given):
@@ -160,8 +165,6 @@ def check_arch(options, given):
         flag, of = f"--matrix_lr {options.matrix_lr:g}", "modern"
     elif "ngram" in given and options.ngram > 1 and options.arch != "modern":
         flag, of = f"--ngram {options.ngram}", "modern"
-    elif "ngram_decay" in given and options.arch != "modern":
-        flag, of = f"--ngram_decay {options.ngram_decay:g}", "modern"
     elif "bias" in given and options.bias and options.arch != "gpt":
         flag, of = "--bias", "gpt"
     else:
@@ -177,6 +180,8 @@ def for_fine_tuning(options, given, tokens):
     """
     chosen = dict(FINE_TUNING_MODERN if options.arch == "modern" else FINE_TUNING)
     chosen["batch_size"] = max(1, STEP_TOKENS // options.block_size)
+    if options.ngram > 1:
+        chosen["ngram_decay"] = 0.0
     batch_size = options.batch_size if "batch_size" in given else chosen["batch_size"]
     if options.minutes is not None:
         chosen.update(min_lr=0.0, max_iters=STEPS_WITHOUT_END)
@@ -194,7 +199,7 @@ def make_config(options, vocab_size):
     sizes = {name: getattr(options, name) for name in ("block_size", "n_layer", "n_head", "n_embd", "dropout")}
     try:
         if options.arch == "modern":
-            return ModernConfig(vocab_size=vocab_size, ngram=options.ngram, **sizes)
+            return ModernConfig(vocab_size=vocab_size, ngram=options.ngram, ngram_rows=options.ngram_rows, **sizes)
         return GPTConfig(vocab_size=vocab_size, bias=options.bias, **sizes)
     except ValueError as error:
         raise UserError(f"--{error}") from None
@@ -274,7 +279,7 @@ def begin_from(options, given, device, dtype, processes=1):
     dropout = options.dropout if "dropout" in given else FINE_TUNING["dropout"]
     model, tokenizer = load_model(options.init_from, block_size, dropout)
     found = dict(asdict(model.config), arch="modern" if isinstance(model, Modern) else "gpt")
-    for name in ("arch", "block_size", "n_layer", "n_head", "n_embd", "ngram", "bias"):
+    for name in ("arch", "block_size", "n_layer", "n_head", "n_embd", "ngram", "ngram_rows", "bias"):
         wanted = getattr(options, name)
         if name in given and name in found and wanted != found[name]:
             raise UserError(f"--{name} {wanted}: {options.init_from} has {found[name]}; leave the flag out")

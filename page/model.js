@@ -178,7 +178,7 @@ class GPT extends Transformer {
 
 const PRIME = 2 ** 31 - 1;
 
-/** modern.py's Modern: n-gram vectors, rotary positions, query-key norm, token shift, ReLU squared, soft-capped logits. */
+/** modern.py's Modern: n-grams, rotary positions, query-key norm, token shift, ReLU squared, soft-capped logits. */
 class Modern extends Transformer {
   constructor(config, weights, arithmetic) {
     super(config, weights, arithmetic);

@@ -261,6 +261,15 @@ def test_a_flag_of_the_other_architecture_is_refused_where_the_architecture_is_c
             with pytest.raises(UserError, match=f"^--{name}.*this model is of --arch {'modern' if muon else 'gpt'}"):
                 settings(name, **{name: value})
     assert settings("bias", bias=False).bias is False  # true of both
+    assert settings().ngram == (5 if muon else 1) and settings("ngram", ngram=1).ngram == 1
+    if not muon:
+        with pytest.raises(UserError, match=r"^--ngram 3: is for --arch modern"):
+            settings("ngram", ngram=3)
+    for name, value in (("ngram_rows", 100), ("ngram_decay", 0.1)):
+        if muon:
+            assert getattr(settings(name, **{name: value}), name) == value
+        with pytest.raises(UserError, match=f"^--{name} {value}: is for a modern model with --ngram above 1"):
+            settings(name, "ngram", ngram=1, **{name: value})
     for arch, name in (("gpt", "bias"), ("modern", "matrix_lr")):
         assert settings("arch", name, arch=arch).arch == arch
 

@@ -706,6 +706,34 @@ def test_a_modern_model_has_its_own_defaults_and_what_is_given_counts(run):
     assert (found["learning_rate"], found["warmup_iters"], found["beta2"]) == (3e-4, 7, 0.95)
 
 
+@needs_muon
+def test_a_modern_run_of_before_there_were_ngrams_is_resumed_without_any(run, monkeypatch):
+    unbroken = run("unbroken", arch="modern", ngram=1, max_iters=8)[1]
+    run("out", arch="modern", ngram=1, max_iters=4)
+
+    def load_state(out_dir, load=plan.load_state):
+        state = load(out_dir)
+        for kept in (state["options"], state["config"]):
+            assert [kept.pop(name) for name in ("ngram", "ngram_rows")]
+        state["options"].pop("ngram_decay")
+        return state
+
+    monkeypatch.setattr(plan, "load_state", load_state)
+    status, metrics = run("out", not_given=set(TINY) - {"max_iters"}, max_iters=8, resume=True)
+    assert status == 0 and metrics[-1]["step"] == unbroken[-1]["step"] == 8
+
+
+@needs_muon
+def test_a_run_from_a_model_with_another_table_is_resumed_with_it(run):
+    run("old", arch="modern", ngram=3, ngram_rows=50, max_iters=4)
+    not_given = {*NOT_GIVEN, "ngram", "ngram_rows"} - {"max_iters"}
+    assert run("new", init_from="old", max_iters=4, not_given=not_given)[0] == 0
+    found = plan.load_state("new")
+    assert all((kept["ngram"], kept["ngram_rows"]) == (3, 50) for kept in (found["options"], found["config"]))
+    assert found["options"]["ngram_decay"] == 0.0
+    assert run("new", init_from="old", max_iters=6, not_given=not_given, resume=True)[0] == 0
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # --init_from: fine-tuning
 

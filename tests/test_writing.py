@@ -60,7 +60,7 @@ def make(make_model):
     def make(arch, **sizes):
         if arch == "gpt":
             return make_model(**sizes)
-        sizes = {**dict(block_size=8, n_layer=2, n_head=2, n_embd=16, dropout=0.0), **sizes}
+        sizes = {**dict(block_size=8, n_layer=2, n_head=2, n_embd=16, dropout=0.0, ngram=4), **sizes}
         with torch.random.fork_rng():
             torch.manual_seed(0)
             model = plan.build_model(train.TrainOptions(arch="modern", **sizes), 11)
@@ -558,6 +558,13 @@ def test_with_float16_weights_a_token_has_the_same_logits_to_rounding_whatever_i
     torch.testing.assert_close(torch.cat(several, dim=1), one, atol=2e-5, rtol=0)
 
 
+def test_vectors_of_ngrams_are_no_weights_that_a_lighter_format_would_make_faster(make, monkeypatch):
+    monkeypatch.setattr(lighten_module, "LIGHT_ENOUGH", 10_000)
+    monkeypatch.setattr(lighten_module, "has_bfloat16", lambda device: True)
+    model = make("modern")
+    assert model.num_params() > 10_000 > model.num_params(embedding=False) and usual_format(model) == "float32"
+
+
 @pytest.mark.parametrize(
     "weights, bfloat16, float16, expected",
     [
@@ -572,7 +579,7 @@ def test_the_usual_format_is_of_16_bits_where_the_machine_is_fast_with_them(
 ):
     monkeypatch.setattr(lighten_module, "has_bfloat16", lambda device: bfloat16)
     monkeypatch.setattr(lighten_module, "has_float16", lambda: float16)
-    assert usual_format(SimpleNamespace(num_params=lambda: weights)) == expected
+    assert usual_format(SimpleNamespace(num_params=lambda embedding: weights)) == expected
 
 
 def test_float16_is_refused_where_it_cannot_be(make, monkeypatch):
