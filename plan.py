@@ -139,7 +139,7 @@ def choose_settings(options, given, tokens, device, dtype, peak=None, processes=
         else:
             rate = sizes.get("learning_rate", 0)  # AdamW alone bears less, and larger models little (docs/speed.md)
             chosen.update(learning_rate=rate * 2 / 3 if rate > 0.01 else 2e-3, min_lr=0.0)
-            chosen.pop("matrix_lr", None)
+            chosen = {name: value for name, value in chosen.items() if name not in ("matrix_lr", "ngram")}
     elif options.arch == "modern":
         chosen = {**MODERN, **MODERN_SHAPE}
     if "batch_size" in chosen:
@@ -379,7 +379,8 @@ def for_minutes(minutes, tokens, device, dtype, peak=None):
     The rule: measure the machine's matrix products, multiply by the time, take the largest of SIZES for which that is
     enough. A run makes some 40 % of that work, which says how many tokens it will see. From eight times the text on,
     dropout keeps it from learning the text by heart: 0.05 at eight times, and 0.1 more each time that doubles, up to
-    0.5. On a GPU a step takes longer than its products alone, and each size can do work of its own (possible_work).
+    0.5; and a modern model has no n-grams then, which know a text by heart soonest. On a GPU a step takes longer than
+    its products alone, and each size can do work of its own (possible_work).
     """
     peak = peak or matmul_peak(device, dtype)
     for least, candidate in SIZES:
@@ -390,6 +391,8 @@ def for_minutes(minutes, tokens, device, dtype, peak=None):
         sizes["block_size"] //= 2
     epochs = SHARE * work / step_work(sizes, tokens=tokens)
     sizes["dropout"] = 0.0 if epochs < 8 else round(min(0.5, 0.05 + 0.1 * math.log2(epochs / 8)), 2)
+    if epochs >= 8:
+        sizes["ngram"] = 1
     sizes["max_iters"] = STEPS_WITHOUT_END
     why = f"{peak / 1e9:,.0f} GFLOP/s x {minutes:g} min on {tokens:,} tokens, about {epochs:.1f} times the text"
     return sizes, why

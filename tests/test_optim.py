@@ -133,7 +133,7 @@ def test_a_pytorch_without_muon_trains_a_gpt_and_refuses_a_modern_model_in_one_l
 def test_every_group_gets_the_given_share_of_its_own_highest_learning_rate(arch):
     learner = make_learner(arch, learning_rate=1e-2, matrix_lr=0.05)
     ((x, y),) = make_batch(learner.options)
-    highest = [0.05, 1e-2] if arch == "modern" else [1e-2, 1e-2]
+    highest = [0.05, 1e-2, 1e-2] if arch == "modern" else [1e-2, 1e-2]
     for share in (0.5, 0.1, 1.0):  # of the highest, not of the one before
         learner.step(x, y, share)
         rates = [group["lr"] for o in learner.optimizers for group in o.param_groups]
@@ -226,10 +226,15 @@ def test_a_step_of_a_modern_model_is_what_plain_pytorch_does(monkeypatch):
     found = take_steps(learner, batches)
 
     matrices = [p for name, p in plain.named_parameters() if name.startswith("layers.") and p.dim() == 2]
-    rest = [p for name, p in plain.named_parameters() if not name.startswith("layers.") or p.dim() < 2]
+    ngrams = [plain.ngrams.table.weight]
+    others = set(map(id, matrices + ngrams))
+    groups = [
+        dict(params=[p for p in plain.parameters() if id(p) not in others], weight_decay=0.0),
+        dict(params=ngrams, weight_decay=1.0),
+    ]
     muon = torch.optim.Muon(matrices, lr=0.02, weight_decay=0.1, momentum=0.9)
     adamw = torch.optim.AdamW(
-        rest, lr=1e-2, betas=(learner.options.beta1, learner.options.beta2), eps=1e-10, weight_decay=0.0, fused=True
+        groups, lr=1e-2, betas=(learner.options.beta1, learner.options.beta2), eps=1e-10, fused=True
     )
     expected = []
     for x, y in batches:

@@ -127,6 +127,7 @@ def test_dropout_begins_at_eight_times_the_text_and_grows_with_each_doubling_up_
     tokens_read = 0.4 * 1e11 * 60 / (6 * 12 * weights(sizes))
     sizes, why = choose(1, round(tokens_read / epochs), peak=1e11)
     assert sizes["dropout"] == dropout
+    assert sizes.get("ngram", 5) == (5 if epochs < 8 else 1)
     assert float(why.split("about ")[1].split(" times the text")[0]) == pytest.approx(epochs, rel=0.01, abs=0.05)
 
 
