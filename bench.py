@@ -446,8 +446,9 @@ def without_soft_cap():
 
 def without_muon():
     def build_optimizers(model, options, device):
-        ngrams = [] if model.ngrams is None else list(model.ngrams.parameters())
-        rest = [p for p in model.parameters() if not any(p is q for q in ngrams)]
+        named = list(model.named_parameters())
+        ngrams = [p for name, p in named if name.startswith("ngrams.")]
+        rest = [p for name, p in named if not name.startswith("ngrams.")]
         groups = [dict(params=rest, weight_decay=0.1), dict(params=ngrams, weight_decay=options.ngram_decay)]
         return [torch.optim.AdamW(groups, lr=0.016, betas=(0.9, 0.99), fused=True)]
 

@@ -223,7 +223,8 @@ def logit_bytes(config, tokens):
 def evaluation_bytes(config, tokens, place):
     """What the forward pass of so many tokens takes at most where nothing is kept, in bytes: in a layer or the logits.
 
-    A GPT's layer has the most in its MLP, a modern one's where it turns queries and keys, in float32.
+    A GPT's layer has the most in its MLP, a modern one's where it turns queries and keys, in float32; before them stand
+    the vectors of each token's n-grams, and their sum.
     """
     C, item, modern = config.n_embd, place.item, isinstance(config, ModernConfig)
     layer = 14 * 4 + 3 * item if modern else 2 * 4 + 8 * item

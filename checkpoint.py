@@ -358,8 +358,9 @@ def _read_directory(directory):
 
 def _read_modern(path, c):
     """The ModernConfig in a config.json that was read from path."""
+    c = {**BEFORE_NGRAMS, **c}
     try:
-        return ModernConfig(**{f.name: {**BEFORE_NGRAMS, **c}[f.name] for f in fields(ModernConfig)})
+        return ModernConfig(**{f.name: c[f.name] for f in fields(ModernConfig)})
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path}: is no complete config ({error!r})") from None
 

@@ -160,9 +160,9 @@ class KVCache:
         """The next tokens idx (B, T) and the self.before tokens before them, -1 for none: (B, self.before + T)."""
         if self.visible.pad is not None:
             idx = idx.masked_fill(self.places(idx.size(1), idx.device) < self.visible.pad[:, None], -1)
-        none = self.tokens is None
-        before = idx.new_full((len(idx), self.before), -1) if none else self.tokens[:, -self.before :]
-        self.tokens = torch.cat([before, idx], dim=1)
+        if self.tokens is None:
+            self.tokens = idx.new_full((len(idx), self.before), -1)
+        self.tokens = torch.cat([self.tokens[:, -self.before :], idx], dim=1)
         return self.tokens
 
     def clear(self, pad=None):

@@ -49,6 +49,7 @@ from data import validation_loss
 from distributed import ALONE, job
 from draft import Draft
 from generate import generate
+from modern import LONGEST
 from optim import Learner, lr_share
 from plan import (
     begin,
@@ -120,7 +121,7 @@ class TrainOptions:
     n_embd: int = option(384, "channels (embedding dimension), a multiple of n_head", at_least=1)
     block_size: int = option(256, "context length in tokens", at_least=1)
     dropout: float = option(0.2, "share of activations switched off while training", at_least=0, below=1)
-    ngram: int = option(1, "modern: tokens of the longest run that has a vector; there 5", at_least=1, below=17)
+    ngram: int = option(1, "modern: tokens of the longest run with a vector; there 5", at_least=1, below=LONGEST + 1)
     ngram_rows: int = option(16384, "modern: vectors that all these runs share", at_least=1)
     ngram_decay: float = option(1.0, "modern: decay of these vectors", at_least=0)
     bias: bool = option(True, "biases in the linear layers and LayerNorms, as in GPT-2; modern: none")
