@@ -145,17 +145,18 @@ def choose_settings(options, given, tokens, device, dtype, peak=None, processes=
     if "batch_size" in chosen:
         chosen["batch_size"] = math.ceil(chosen["batch_size"] / processes) * processes
     chosen = {name: value for name, value in chosen.items() if name not in given}
+    options = replace(options, **chosen)
+    for name in ("ngram_rows", "ngram_decay"):
+        if name in given and options.ngram == 1:
+            value = getattr(options, name)
+            remedy = "leave it out" + (", or add --ngram 5" if chosen.get("ngram") == 1 else "")
+            raise UserError(f"--{name} {value:g}: is for a modern model with --ngram above 1; {remedy}")
     if why is not None:
         shown = {name: value for name, value in chosen.items() if value != STEPS_WITHOUT_END}
         print(f"{why}:")
         print(
             " ".join(f"--{name} {value:g}" if name != "arch" else f"--{name} {value}" for name, value in shown.items())
         )
-    options = replace(options, **chosen)
-    for name in ("ngram_rows", "ngram_decay"):
-        if name in given and options.ngram == 1:
-            value = getattr(options, name)
-            raise UserError(f"--{name} {value:g}: is for a modern model with --ngram above 1; leave it out")
     return options
 
 

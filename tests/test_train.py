@@ -47,6 +47,7 @@ def run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "text.txt").write_text(TEXT, encoding="utf-8")
     monkeypatch.setattr(plan, "matmul_peak", lambda *_: 1e11)  # measuring it takes a second
+    monkeypatch.setattr(train.Run, "_draw", lambda self: None)  # half of so short a run; test_cli.py draws
 
     def go(out_dir, not_given=(), **changes):
         options = make_options(data="text.txt", out_dir=out_dir, **changes)
@@ -731,6 +732,9 @@ def test_a_run_from_a_model_with_another_table_is_resumed_with_it(run):
     found = plan.load_state("new")
     assert all((kept["ngram"], kept["ngram_rows"]) == (3, 50) for kept in (found["options"], found["config"]))
     assert found["options"]["ngram_decay"] == 0.0
+    for name, other in (("ngram", 5), ("ngram_rows", 60)):
+        with pytest.raises(UserError, match=rf"^--{name} {other}: old has \d+; leave the flag out"):
+            run("other", init_from="old", max_iters=4, not_given=not_given - {name}, **{name: other})
     assert run("new", init_from="old", max_iters=6, not_given=not_given, resume=True)[0] == 0
 
 
