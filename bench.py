@@ -86,7 +86,7 @@ class BenchOptions:
     peers: bool = option(False, "measure Hugging Face transformers beside us, where it is installed")
     nanogpt: Optional[str] = option(None, "directory of a nanoGPT clone to measure beside us")
     json: Optional[str] = option(None, "file for all figures, as JSON")
-    device: Optional[str] = option(None, "cpu, cuda, cuda:1 or mps (default: cuda if available)")
+    device: Optional[str] = option(None, "cpu, cuda, cuda:1 or mps (default: the first there is of cuda, mps, cpu)")
     case: Optional[str] = option(None, "measure this one case, SYSTEM|WORK|SETTING, and print JSON (used by bench.py)")
 
 

@@ -55,7 +55,7 @@ class GenerateOptions:
     peers: bool = option(False, "measure Hugging Face transformers beside us, with the same weights (--arch gpt)")
     nanogpt: Optional[str] = option(None, "directory of a nanoGPT clone to measure beside us (a model of that size)")
     json: Optional[str] = option(None, "file for all figures, as JSON")
-    device: Optional[str] = option(None, "cpu, cuda, cuda:1 or mps (default: cuda if available)")
+    device: Optional[str] = option(None, "cpu, cuda, cuda:1 or mps (default: the first there is of cuda, mps, cpu)")
     case: Optional[str] = option(None, "measure this one case, SYSTEM|WORK, and print JSON (used by bench.py)")
 
 

@@ -12,7 +12,8 @@ it lies; a modern model has the same files, but transformers knows no such model
     metrics.jsonl  loss.png                        what train.py measured
     draft.safetensors                              counts of the text, with which sample.py is faster (draft.py)
 
-No pickle is ever executed: weights are safetensors, and everything else is read with torch.load(weights_only=True).
+No pickle in a file is ever executed: weights are safetensors, all else is read with torch.load(weights_only=True), or,
+where a run was sharded, by a reader that takes plain classes only (sharding.py).
 Every file is written beside its place, synced, and renamed over it, so that a crash leaves the old one or the new one.
 Weights and states carry a checksum, so that what was damaged on the disk is noticed.
 """

@@ -5,8 +5,9 @@
     speculate()      the same, faster: checks several guessed tokens in one pass of the model
     beam_search()    keeps the few most probable continuations and returns the best
 
-Any model with `logits, loss = model(idx, cache=cache)` and `model.config.block_size` can be used; with guesses it also
-needs `last=n`, for the logits of the last n positions.
+Any model with `logits, loss = model(idx, cache=cache)` and `model.config.block_size` can be used with use_cache=False.
+With the cache it also needs `config.n_layer`, and gives its keys and values to `cache.layers` as model.py does. With
+guesses it also needs `last=n`, for the logits of the last n positions.
 
 When a text grows past block_size, the model goes on with the newest half of its window: it drops the older half, reads
 the rest once more, and has room for block_size / 2 further tokens. So a token costs the same however long the text is.
@@ -84,7 +85,7 @@ class LayerCache:
 
     def __init__(self, number, memory, visible):
         self.number, self.memory, self.visible, self.length = number, memory, visible, 0
-        self.k = self.v = None  # of the memory
+        self.k = self.v = None  # (B, H, block_size, D) each: views of the memory
         self.last = None  # (B, T, C): modern.py's token shift looks one position back
 
     def append(self, k, v):
@@ -141,7 +142,7 @@ class KVCache:
         self.visible, self.memory = Visible(pad), Memory(config)
         self.layers = [LayerCache(n, self.memory, self.visible) for n in range(config.n_layer)]
         self.before = getattr(config, "ngram", 1) - 1  # how far modern.py's n-grams look back
-        self.tokens = None  # (B, self.before or more): the newest ones, where there is such a look
+        self.tokens = None  # (B, self.before or more): the newest ones, of a model with n-grams
 
     @property
     def length(self):
@@ -198,7 +199,7 @@ class Reader:
 
     With use_cache=False every call reads the whole window again: slower, plainer, and the same logits.
     pad: None, or (B,) int64, how many of the first tokens of each row are none of its text.
-    threads: of how many CPU threads a few tokens are read; None leaves PyTorch's number (see best_threads).
+    threads: on how many CPU threads a few tokens are read; None leaves PyTorch's number (see best_threads).
     """
 
     def __init__(self, model, use_cache=True, pad=None, threads=None):
@@ -255,8 +256,8 @@ class Reader:
 # Measured on the machine at hand: on how many threads to read, and what a guess costs
 
 
-SLOW = 0.05  # seconds of a pass, from which on a model is for all threads
-FEW = 8  # tokens that a thread may read faster alone than with others, because threads must wait for each other
+SLOW = 0.05  # seconds: a model with a slower pass uses all threads
+FEW = 8  # up to so many tokens one thread may be faster than several, which wait for each other
 
 
 @contextlib.contextmanager
@@ -312,7 +313,7 @@ def check_numbers(highest):
 # From logits to a token
 
 
-GREEDY = 1e-5  # a temperature finer than float32 tells logits apart, and dividing by it could overflow
+GREEDY = 1e-5  # below this temperature the likeliest token is taken: dividing by so little could overflow
 
 
 def next_token_probs(logits, temperature=1.0, top_k=None, top_p=None, min_p=None):
@@ -327,7 +328,9 @@ def next_token_probs(logits, temperature=1.0, top_k=None, top_p=None, min_p=None
     logits = logits.float()
     if temperature < GREEDY:
         highest, ids = logits.max(dim=-1, keepdim=True)
-        return torch.zeros_like(logits).scatter(-1, ids, 1.0) + 0.0 * highest  # NaN as a softmax, of infinity or NaN
+        return (
+            torch.zeros_like(logits).scatter(-1, ids, 1.0) + 0.0 * highest
+        )  # infinity or NaN give NaN, as in a softmax
     logits = logits / temperature
     if top_k and top_k < logits.size(-1):
         values, ids = logits.topk(top_k, dim=-1)
@@ -403,7 +406,8 @@ def generate(
 
     generator: a torch.Generator on the model's device; the same seed gives the same tokens.
     pad: (B,) int64, for prompts of different lengths: row i begins with pad[i] < T tokens that are not read.
-    sampling: a Sampling, in place of the five settings. reader: the Reader that has read a beginning of idx already.
+    sampling: a Sampling, in place of the five settings. reader: a Reader, in place of use_cache and with the same pad,
+    which may have read a beginning of idx already.
     """
     sampling = sampling or Sampling(temperature, top_k, top_p, min_p, repetition_penalty)
     if pad is not None:  # filled up with a token of its own text, which no rule then counts as another
@@ -420,6 +424,9 @@ def generate(
 # Speculative decoding: several tokens for one pass of the model
 
 
+TRIED = 64  # guesses that are made before anybody asks whether they pay
+
+
 class Speculation:
     """How a draft fares: `tokens` were written in `passes` of the model; of `guessed` tokens, `accepted` were right.
 
@@ -432,9 +439,6 @@ class Speculation:
     def pays(self):
         """Do guesses save more than they cost? The first TRIED are made to find out."""
         return self.guessed < TRIED or self.accepted >= self.cost * self.guessed
-
-
-TRIED = 64
 
 
 @torch.inference_mode()

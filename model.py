@@ -10,6 +10,10 @@ channels, V = vocab_size.
 
 The papers: Vaswani et al. 2017, "Attention Is All You Need" (the Transformer); Radford et al. 2019, "Language Models
 are Unsupervised Multitask Learners" (GPT-2). Parameter names are those of GPT-2's published weights.
+
+Exercises:
+- How many parameters has GPTConfig()? Add them up by hand, and compare with GPT(GPTConfig()).num_params().
+- Take the causal mask away and train for a minute: why is the training loss soon near 0, and the text worthless?
 """
 
 import math
@@ -95,9 +99,9 @@ def attention(q, k, v, dropout=0.0, mask=None):
     q is (B, H, T, D), k and v are (B, H, S, D) with S >= T; returns (B, H, T, D). mask: what to add to the scores in
     place of the causal mask, (T, S) or (B, 1, T, S), -inf where one may not look; generate.py's cache makes it.
 
-    PyTorch's fused kernel computes it without keeping the (T, S) scores (Dao et al. 2022, FlashAttention). Only for
-    training on a CPU, in bfloat16 or with dropout, is the formula written out the faster of the two, up to 1024
-    positions; they agree to rounding. On an Apple GPU, whose fused kernels keep the scores too and were wrong in
+    PyTorch's fused kernel computes it without keeping the (T, S) scores (Dao et al. 2022, FlashAttention). The formula
+    written out is faster in one case: training on a CPU, in bfloat16 or with dropout, up to 1024 positions. The two
+    agree to rounding. On an Apple GPU, whose fused kernels keep the scores too and were wrong in
     several versions (PyTorch's issues 163597, 174861, 195910), it is always written out.
     """
     T, S = q.size(2), k.size(2)
@@ -126,7 +130,7 @@ def attention_written_out(q, k, v, p=0.0, mask=None):
     return (weights @ v).view(B, H, T, D)
 
 
-dice = threading.local()  # dice.generator: random numbers of its own for a thread that computes beside others
+dice = threading.local()  # dice.generator: a thread's own torch.Generator, where several compute at once (optim.py)
 
 
 def dropout(x, p):
@@ -224,8 +228,7 @@ class GPT(nn.Module):
 
         idx: (B, T) int64 token ids. targets: (B, T) int64, the token that should follow each; -1 is ignored.
         cache: what generate.KVCache keeps of the tokens already read; idx then continues them.
-
-        last: without targets, of how many positions the logits are wanted.
+        last: without targets, the logits of only so many positions are computed, the last ones.
 
         Returns (logits, loss). With targets: logits (B, T, V) and the mean cross-entropy in nats per token. Without:
         logits (B, last, V) and None. Raises ValueError when there are more than block_size tokens.
@@ -236,8 +239,8 @@ class GPT(nn.Module):
             raise ValueError(
                 f"{start + T} tokens do not fit in block_size {self.config.block_size}; keep the last ones"
             )
-        positions = torch.arange(T, device=idx.device) if cache is None else cache.positions(T, idx.device)  # (T,)
-        x = self.transformer.wte(idx) + self.transformer.wpe(positions)  # (B, T, C) + (T, C)
+        positions = torch.arange(T, device=idx.device) if cache is None else cache.positions(T, idx.device)
+        x = self.transformer.wte(idx) + self.transformer.wpe(positions)  # (B, T, C) + (T, C), the same for all rows
         x = self.transformer.drop(x)
         for i, block in enumerate(self.transformer.h):
             if self.gradient_checkpointing and self.training:

@@ -1,6 +1,6 @@
 """The same GPT with the ideas of the years since GPT-2, each named where it stands (chapter 6; read model.py first).
 
-What changed, and why, with the papers. What each one buys, measured by leaving it out, is in the README.
+What changed, and why, with the papers. What most of them buy, measured by leaving each one out, is in the README.
 
     rotary positions        where a token stands is told by turning its queries and keys, not by adding a vector
     query-key norm          queries and keys of fixed length: attention cannot blow up, so larger learning rates work
@@ -11,9 +11,13 @@ What changed, and why, with the papers. What each one buys, measured by leaving 
     zero projections        every layer begins as doing nothing, and learns to add something
     untied, zero head       the first guess is "all tokens equally likely"; reading and writing have a table each
     soft-capped logits      no token can be called certain, so no step can be wildly wrong
-    Muon                    updates of the matrices in which all directions count the same (build_optimizers)
+    Muon                    updates of the matrices in which all directions count the same (optim.build_optimizers)
 
 Shapes in the comments as in model.py: B sequences, T tokens, C channels, H heads of D channels, V possible tokens.
+
+Exercises:
+- Leave one idea out, train for half a minute with and without it, and compare with the README's table.
+- Train with --ngram 1, 2, 3 and 5 on a text of 20 KB and on one of 1 MB: why do long runs help one and harm the other?
 """
 
 import math
@@ -26,7 +30,7 @@ from torch.utils.checkpoint import checkpoint
 
 from model import Dropout, attention
 
-LONGEST = 16  # tokens of a run that may have a vector
+LONGEST = 16  # most tokens in a run that has a vector
 
 
 @dataclass
@@ -62,25 +66,25 @@ def norm(x):
     return F.layer_norm(x, x.shape[-1:])
 
 
-PRIME = 2**31 - 1  # numbers below it, times a token's, are exact in JavaScript too
+PRIME = 2**31 - 1  # factors are below it: times a token they stay below 2^53, up to which JavaScript is exact
 
 
 class NGrams(nn.Module):
-    """A vector for each run of 2, 3, ... n tokens, added to that of the run's last one.
+    """A vector for each run of 2, 3, ... n tokens, added to the vector of the run's last token.
 
     trigram.py counts what follows each two tokens; here such a run has a vector that is learned like a token's. There
     are more runs than rows in the table, so a number made of a run's tokens says which row is its own, and some share
     one (Pagnoni et al. 2024, Byte Latent Transformer, 3.2.1; Huang et al. 2025, Over-Tokenized Transformer).
 
-    What followed a long run in a text is soon known by heart. So the vectors shrink with each step, and only those stay
-    large that are used often (build_optimizers, --ngram_decay).
+    The vectors of long runs soon know the training text by heart. So all of them shrink a little with each step, and
+    only those stay large that are used often (optim.build_optimizers, --ngram_decay).
     """
 
     def __init__(self, config):
         super().__init__()
         self.n = config.ngram
         self.table = nn.Embedding(config.ngram_rows, config.n_embd)
-        self.table.weight.data.mul_(0.1)  # a token's vector is left at 1: it is heard first
+        self.table.weight.data.mul_(0.1)  # a tenth of the tokens' own, which so count for more at first
         factors = torch.tensor([pow(1_000_003, back, PRIME) for back in range(self.n)])
         self.register_buffer("factors", factors, persistent=False)  # (n,)
 
@@ -110,7 +114,7 @@ def rotary_table(block_size, D):
 
 
 def rotate(x, cos, sin):
-    """Turn each head's channels by their position's angles: x (B, H, T, D), cos and sin (T, D)."""
+    """Turn each head's channels by their position's angles: x (..., T, D), cos and sin (T, D)."""
     return torch.addcmul(x * cos, x.roll(x.size(-1) // 2, dims=-1), sin)
 
 

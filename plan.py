@@ -1,6 +1,7 @@
 """Before the first step: the run's directory, its settings, its model and text, and how long it will take.
 
-With --minutes the settings are those that suit the machine, the time and the text (for_minutes has the rule).
+With --minutes the settings are those that suit the machine, the time and the text (for_minutes has the rule). What
+train.py --plan shows is in budget.py.
 """
 
 import functools
@@ -22,9 +23,9 @@ from shards import MANIFEST
 from tokenizer import OtherTokenizer, UnknownCharacters, load_tokenizer, tokenizer_hash
 from utils import UserError, first_line, memory_of, same_dice
 
-# What a modern model has for a default in place of TrainOptions'.
+# A modern model's defaults, where they are not those of TrainOptions.
 MODERN = dict(learning_rate=4e-3, min_lr=0.0, warmup_iters=20, weight_decay=0.0, beta1=0.8, beta2=0.95)
-MODERN_SHAPE = dict(ngram=5)  # of a new one; a fine-tuning's model has its shape
+MODERN_SHAPE = dict(ngram=5)  # of a new model; one of --init_from keeps its own
 
 # What fine-tuning (--init_from) has for a default in place of both: weights that know much should change little, and
 # soon. The shape of the recipe is that of Radford et al. 2018 (GPT-1), 4.1; the rates were tried on texts of our own.
@@ -137,7 +138,7 @@ def choose_settings(options, given, tokens, device, dtype, peak=None, processes=
         if options.arch == "modern":
             chosen = {**MODERN, **MODERN_SHAPE, **chosen}
         else:
-            rate = sizes.get("learning_rate", 0)  # AdamW alone bears less, and larger models little (docs/speed.md)
+            rate = sizes["learning_rate"]  # AdamW alone bears less, and larger models little (docs/speed.md)
             chosen.update(learning_rate=rate * 2 / 3 if rate > 0.01 else 2e-3, min_lr=0.0)
             chosen = {name: value for name, value in chosen.items() if name not in ("matrix_lr", "ngram")}
     elif options.arch == "modern":
@@ -365,7 +366,7 @@ SIZES = (
     (5.5e13, dict(n_layer=4, n_embd=192, n_head=3, block_size=256, batch_size=8, matrix_lr=0.02, learning_rate=0.006)),
     (3e14, dict(n_layer=5, n_embd=256, n_head=4, block_size=256, batch_size=16, matrix_lr=0.02, learning_rate=0.006)),
     (3e15, dict(n_layer=6, n_embd=384, n_head=6, block_size=256, batch_size=64, matrix_lr=0.02, learning_rate=0.004)),
-    (1e18, dict(n_layer=12, n_embd=768, n_head=12, block_size=512, batch_size=64)),
+    (1e18, dict(n_layer=12, n_embd=768, n_head=12, block_size=512, batch_size=64, matrix_lr=0.02, learning_rate=0.004)),
 )
 SHARE = 0.4  # of that work a run really makes
 # A GPU is not kept busy by models as small as these. Measured on an H100, with recorded steps:
@@ -391,8 +392,9 @@ def for_minutes(minutes, tokens, device, dtype, peak=None):
     while sizes["block_size"] > 8 and sizes["block_size"] * 8 > tokens:  # a very short text
         sizes["block_size"] //= 2
     epochs = SHARE * work / step_work(sizes, tokens=tokens)
-    sizes["dropout"] = 0.0 if epochs < 8 else round(min(0.5, 0.05 + 0.1 * math.log2(epochs / 8)), 2)
+    sizes["dropout"] = 0.0
     if epochs >= 8:
+        sizes["dropout"] = round(min(0.5, 0.05 + 0.1 * math.log2(epochs / 8)), 2)
         sizes["ngram"] = 1
     sizes["max_iters"] = STEPS_WITHOUT_END
     why = f"{peak / 1e9:,.0f} GFLOP/s x {minutes:g} min on {tokens:,} tokens, about {epochs:.1f} times the text"
@@ -508,7 +510,8 @@ def maybe_compile(learner, x, y, forced, seconds):
     if learner.device.type == "cpu":
         cost, gain = 40, 0.0  # parts of a batch side by side, which a compiled model cannot do, are as fast
     if not forced and gain * seconds <= cost:
-        print(f"compile: no, this run would not earn back the {cost} s it takes (--compile forces it)")
+        why = f"this run would not earn back the {cost} s it takes" if gain else "on a CPU it makes a step no faster"
+        print(f"compile: no, {why} (--compile forces it)")
         return
     print(f"compile: yes, about {cost} s before the first step ...")
     try:

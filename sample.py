@@ -7,6 +7,11 @@
     python sample.py --interactive                      # write a story by turns
 
 Text goes to stdout as it is written, everything else to stderr.
+
+Exercises:
+- Write with --temperature 0, 0.5, 1 and 2, each with --seed 1. Where does the text begin to repeat itself, and where do
+  words fall apart?
+- Look at a text with --probs: at which places of a word is the model surprised, and why there?
 """
 
 import os
@@ -77,7 +82,7 @@ class SampleOptions:
     stats: bool = option(False, "print tokens per second, and how many guesses were right, on stderr")
     guesses: int = option(3, "tokens guessed from draft.safetensors for each pass of the model; 0: none", at_least=0)
     seed: Optional[int] = option(None, "the same seed writes the same text (default: a new one each time)", at_least=0)
-    device: Optional[str] = option(None, "cpu, cuda, cuda:1 or mps (default: cuda if available)")
+    device: Optional[str] = option(None, "cpu, cuda, cuda:1 or mps (default: the first there is of cuda, mps, cpu)")
     dtype: Optional[str] = option(
         None,
         "float32, bfloat16 or float16 (default: 16 bits where they are fast; float32 for a small model on a CPU)",

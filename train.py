@@ -8,6 +8,11 @@
 
 It reads in the order in which a run happens: the options, the loop, the report. What comes before the first step is in
 plan.py, and one step in optim.py.
+
+Exercises:
+- Train for 200 steps with --learning_rate 1e-4, 1e-3 and 1e-1, each in an --out_dir of its own, and lay the three
+  pictures of the loss side by side. Which one is too small, and how does one see that the other is too large?
+- Stop a run with Ctrl-C and go on with --resume: does metrics.jsonl show where it stopped?
 """
 
 import utils  # first: it starts the clock and sets how PyTorch's threads wait  # noqa: F401
@@ -121,9 +126,11 @@ class TrainOptions:
     n_embd: int = option(384, "channels (embedding dimension), a multiple of n_head", at_least=1)
     block_size: int = option(256, "context length in tokens", at_least=1)
     dropout: float = option(0.2, "share of activations switched off while training", at_least=0, below=1)
-    ngram: int = option(1, "modern: tokens of the longest run with a vector; there 5", at_least=1, below=LONGEST + 1)
-    ngram_rows: int = option(16384, "modern: vectors that all these runs share", at_least=1)
-    ngram_decay: float = option(1.0, "modern: decay of these vectors", at_least=0)
+    ngram: int = option(
+        1, "tokens in the longest run that has a vector of its own; modern: 5", at_least=1, below=LONGEST + 1
+    )
+    ngram_rows: int = option(16384, "modern: rows in the table of these vectors", at_least=1)
+    ngram_decay: float = option(1.0, "modern: decay of these vectors; fine-tuning: 0", at_least=0)
     bias: bool = option(True, "biases in the linear layers and LayerNorms, as in GPT-2; modern: none")
     # training
     batch_size: int = option(64, "windows of block_size tokens in each step", at_least=1)
@@ -149,13 +156,13 @@ class TrainOptions:
     sample_interval: int = option(0, "steps between short samples printed while training; 0 for none", at_least=0)
     keep: int = option(2, "newest states to keep; where one is damaged, the one before is resumed", at_least=1)
     # system
-    device: Optional[str] = option(None, "cpu, cuda, cuda:1 or mps (default: cuda if available)")
+    device: Optional[str] = option(None, "cpu, cuda, cuda:1 or mps (default: the first there is of cuda, mps, cpu)")
     dtype: Optional[str] = option(
         None,
         "float32, bfloat16 or float16 (default: bfloat16 if in hardware, else float16 on CUDA, else float32)",
         choices=("float32", "bfloat16", "float16"),
     )
-    compile: bool = option(True, "compile the model; left to the default, only where it earns back its time")
+    compile: bool = option(True, "compile the model; left to the default, only on a GPU where it earns back its time")
     record: bool = option(True, "on one NVIDIA GPU, record a step and replay it: its Python then runs only a few times")
     gradient_checkpointing: bool = option(False, "compute activations again in the backward pass, to save memory")
     shard: bool = option(False, "spread weights, gradients and optimizer over torchrun's processes (PyTorch 2.6)")
@@ -193,10 +200,10 @@ class StopSignal:
 
     A second Ctrl-C or SIGTERM leaves at once.
 
-    number: the signal that has come to this process or another one, None before they have agreed on that.
+    number: the signal on which all processes have agreed, None while there is none.
 
-    Python itself looks at signals between two lines of its own alone, and two that come while PyTorch computes are one
-    to it. So the second is noticed elsewhere: in a thread, which the system tells of each one by a byte in a socket.
+    Python handles signals only between its own instructions, so two that come while PyTorch computes count as one. So a
+    thread counts them: for each signal, Python's C code at once writes a byte to a socket, which the thread reads.
     """
 
     def __init__(self, processes=ALONE):
@@ -261,7 +268,7 @@ class Run:
         self.learner = Learner(model, options, device, dtype, processes)
         self.step, self.tokens = 0, 0
         self.best = math.inf  # lowest val loss so far
-        self.due = False  # the evaluation of this step: a run stopped before it goes on with it
+        self.due = False  # is an evaluation due? Saved, so that a run stopped before it begins with it again
         self.eval_iters = options.eval_iters  # most batches in an evaluation
         self.compiled = None  # of a resumed run: whether it began compiled, which rounds otherwise
         self.earlier_seconds = 0.0  # of the processes before this one, where the run was resumed
@@ -379,15 +386,15 @@ class Run:
         with open(self.path, "a") as f:
             f.write(json.dumps(line) + "\n")
 
-    def evaluate(self, progress=iter):
+    def evaluate(self, wrap=iter):
         """Measure the val loss, keep the weights if they are the best so far, draw the loss curve, save.
 
-        progress: may wrap the batches of the val split; the Stopped that it raises leaves the evaluation due.
+        wrap: what the batches of the val split pass through; if it raises Stopped, the evaluation stays due.
         """
         o = self.options
         with autocast(self.device, torch.float32 if self.learner.sharded else self.dtype):
             loss = validation_loss(
-                self.model, self.data.val, o.batch_size, self.eval_iters, self.device, progress, self.processes
+                self.model, self.data.val, o.batch_size, self.eval_iters, self.device, wrap, self.processes
             )
         if not math.isfinite(loss):  # nothing worth keeping
             return loss
@@ -545,7 +552,9 @@ def train_until(at_end, options, given, processes):
 
         long_ago = timed and run.seconds - last_evaluation > pause
         progress, due, save_is_due = stop.agree(run.progress(), long_ago, run.save_is_due())
-        due = due and progress < 0.95 if timed else run.step % options.eval_interval == 0
+        due = (
+            (due and progress < 0.95) if timed else run.step % options.eval_interval == 0
+        )  # from 0.95 on, the last one
         run.due = bool(due) or progress == 1
         if run.step % options.log_interval == 0 or run.step == 1 or run.due or stop.number is not None:
             train_loss, skipped_before = loss.item(), skipped
@@ -581,9 +590,9 @@ def look_ahead(run, batches, given):
     _, token_seconds = run.processes.agree(seconds_per_token(run.learner, x, y))
     if options.minutes is not None and "eval_iters" not in given:
         run.eval_iters = evaluation_batches(options, token_seconds, run.processes.world)
-        tokens, val = run.eval_iters * options.batch_size * options.block_size, len(run.data.val)
-        if run.eval_iters < options.eval_iters and tokens < val:
-            print(f"An evaluation reads {tokens:,} of the {val:,} tokens to validate (--eval_iters {run.eval_iters}).")
+    tokens, val = run.eval_iters * options.batch_size * options.block_size, len(run.data.val)
+    if tokens < val:
+        print(f"An evaluation reads {tokens:,} of the {val:,} tokens to validate (--eval_iters {run.eval_iters}).")
     evaluation = evaluation_seconds(token_seconds, replace(options, eval_iters=run.eval_iters), run.data)
     evaluation /= run.processes.world
     if options.minutes is not None:

@@ -20,10 +20,21 @@ def leave(*_):
     os._exit(130)
 
 
+def name_what_is_missing(kind, error, trace):
+    """What is shown of an error before run_command is reached: of a package that is not installed, one line."""
+    if not issubclass(kind, ModuleNotFoundError) or os.path.exists(os.path.join(HERE, f"{error.name}.py")):
+        return sys.__excepthook__(kind, error, trace)
+    remedy = "install all that is needed with: pip install -r requirements.txt"
+    print(f"{os.path.basename(program)}: error: the package '{error.name}' is missing; {remedy}", file=sys.stderr)
+    sys.stderr.flush()
+    os._exit(2)
+
+
 # Where one of our own commands is starting, and not in a notebook that imports this.
 program = os.path.abspath(getattr(sys.modules["__main__"], "__file__", None) or "")
 if os.path.dirname(program) == HERE and multiprocessing.parent_process() is None:
     signal.signal(signal.SIGINT, leave)
+    sys.excepthook = name_what_is_missing
 
 # isort: split
 import argparse
@@ -269,9 +280,30 @@ def pick_device(name=None):
         raise UserError(f"--device {name}: PyTorch finds no CUDA GPU on this machine; use --device cpu")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise UserError(f"--device {name}: this machine has {torch.cuda.device_count()} GPU(s), counted from cuda:0")
+    if device.type == "cuda" and not made_for(device):
+        name, number = torch.cuda.get_device_name(device), "{}.{}".format(*torch.cuda.get_device_capability(device))
+        raise UserError(
+            f"--device {device}: this PyTorch ({torch.__version__}) was not built for the {name} (compute capability "
+            f"{number}); install one that was, as pytorch.org lists them, or use --device cpu"
+        )
     if device.type == "mps" and not mps:
         raise UserError(f"--device {name}: PyTorch finds no Apple GPU on this machine; use --device cpu")
     return device
+
+
+def made_for(device):
+    """Has PyTorch kernels for this CUDA GPU? Each release leaves the oldest GPUs out, and some come in several builds.
+
+    Kernels run on GPUs of their own major version that are no older; what is there as PTX is compiled on any newer one.
+    """
+    if torch.version.hip:
+        return True
+    ours = torch.cuda.get_device_capability(device)
+    for kind, major, minor in re.findall(r"(sm|compute)_(\d+)(\d)", " ".join(torch.cuda.get_arch_list())):
+        theirs = int(major), int(minor)
+        if theirs <= ours and (kind == "compute" or theirs[0] == ours[0]):
+            return True
+    return not torch.cuda.get_arch_list()
 
 
 def torch_version():

@@ -27,6 +27,7 @@ import torch
 import bigram
 import budget
 import checkpoint
+import plan
 import sample
 import train
 import trigram
@@ -783,8 +784,8 @@ def test_a_dataset_on_a_hub_that_is_not_reached_is_refused_without_asking_again(
 def test_an_environment_that_torchrun_did_not_make_is_refused(command, inputs, monkeypatch, name):
     monkeypatch.setenv(name, "x")
     before = contents(inputs)
-    for plan in ([], ["--plan"]):
-        result = command(train, "--data", "text.txt", "--out_dir", "new", *TINY, "--max_iters", 2, *plan)
+    for more in ([], ["--plan"]):
+        result = command(train, "--data", "text.txt", "--out_dir", "new", *TINY, "--max_iters", 2, *more)
         if name == "WORLD_SIZE" or not plan:
             assert_refused(result, f"{name}=x: this environment variable wants a whole number")
     assert contents(inputs) == before
@@ -996,7 +997,29 @@ def test_windows_commands_and_the_makefile_use_flags_that_exist():
             assert not options.prompt or not set(options.prompt) - set((ROOT / "input.txt").read_text(encoding="utf-8"))
 
 
+def ways_to_write(number):
+    """0.004 as 0.004 and 4e-3, 10000 as 10000 and 10,000."""
+    if isinstance(number, bool):
+        return {str(number)}
+    return {str(number), f"{number:g}", f"{number:,}", re.sub(r"e-0", "e-", f"{number:.0e}")}
+
+
 def test_the_readme_tells_every_flag_of_train_and_its_default():
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    entries = re.split(r"\n(?=- `--)|\n\n", readme)  # an item of a list each, of one flag or of several
     for f in fields(train.TrainOptions):
-        assert f"`--{f.name}`" in readme, f.name
+        told = [entry for entry in entries if entry.startswith("- `--") and f"`--{f.name}`" in entry]
+        assert told, f.name
+        if isinstance(f.default, (bool, int, float)) and f.default is not False:
+            words = set(re.findall(r"[\w.,-]*\w", " ".join(told)))
+            assert ways_to_write(f.default) & words, (f.name, f.default, told)
+
+
+def test_the_defaults_of_a_modern_model_are_those_that_the_help_and_the_readme_tell():
+    readme = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    for name, value in plan.MODERN.items():
+        [told] = [f.metadata["help"] for f in fields(train.TrainOptions) if f.name == name]
+        assert any(f"modern: {number}" in told for number in ways_to_write(value)), told
+        assert any(f"`--{name}` {number}" in readme for number in ways_to_write(value)), name
+    [told] = [f.metadata["help"] for f in fields(train.TrainOptions) if f.name == "ngram"]
+    assert told.endswith(f"modern: {plan.MODERN_SHAPE['ngram']}") and train.TrainOptions.ngram == 1

@@ -162,6 +162,20 @@ def test_a_bug_is_not_hidden(monkeypatch):
         run_command(main)
 
 
+def test_a_package_that_is_not_installed_is_one_line(tmp_path):
+    (tmp_path / "sitecustomize.py").write_text("import sys\nsys.modules['safetensors'] = None\n")
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    for program in ("train.py", "sample.py"):
+        done = subprocess.run(
+            [sys.executable, os.path.join(ROOT, program)], env=environment, capture_output=True, text=True, timeout=60
+        )
+        line = (
+            f"{program}: error: the package 'safetensors' is missing; install all that is needed with: pip install -r"
+        )
+        assert (done.returncode, done.stdout) == (2, "") and done.stderr.startswith(line), done.stderr
+        assert done.stderr.count("\n") == 1
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Device and number format
 
@@ -170,6 +184,8 @@ def fake_cuda(monkeypatch, devices, capability=(8, 0)):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: devices > 0)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: devices)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
+    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: ["sm_75", "sm_80", "sm_86", "sm_90a", "compute_120"])
 
 
 def fake_mps(monkeypatch, available):
@@ -213,6 +229,20 @@ def test_a_gpu_number_above_those_present_is_refused(monkeypatch):
     fake_cuda(monkeypatch, 2)
     with pytest.raises(UserError, match="cuda:2: this machine has 2 GPU"):
         pick_device("cuda:2")
+
+
+@pytest.mark.parametrize("capability", [(7, 0), (7, 5), (8, 0), (8, 9), (9, 0), (10, 0), (12, 0), (13, 0)])
+def test_a_gpu_for_which_pytorch_was_not_built_is_refused_with_its_name(monkeypatch, capability):
+    fake_cuda(monkeypatch, 1, capability)
+    if capability in ((7, 0), (10, 0)):  # older than all, and between two with no PTX below it
+        for name in (None, "cuda"):
+            with pytest.raises(
+                UserError, match=rf"^--device cuda: .*for the a GPU \(compute capability {capability[0]}.0\)"
+            ):
+                pick_device(name)
+        assert pick_device("cpu") == CPU
+    else:
+        assert pick_device() == torch.device("cuda")
 
 
 @pytest.mark.parametrize(
