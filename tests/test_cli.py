@@ -786,7 +786,7 @@ def test_an_environment_that_torchrun_did_not_make_is_refused(command, inputs, m
     before = contents(inputs)
     for more in ([], ["--plan"]):
         result = command(train, "--data", "text.txt", "--out_dir", "new", *TINY, "--max_iters", 2, *more)
-        if name == "WORLD_SIZE" or not plan:
+        if name == "WORLD_SIZE" or not more:
             assert_refused(result, f"{name}=x: this environment variable wants a whole number")
     assert contents(inputs) == before
 
