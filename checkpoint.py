@@ -227,8 +227,8 @@ def _gpt2_files(c, weights):
 def load_model(path_or_name, block_size=None, dropout=None):
     """Load a model. Returns (model, tokenizer); the tokenizer is None where the source has none.
 
-    path_or_name: a directory in Hugging Face's GPT-2 format (a run of ours is one), a nanoGPT ckpt.pt, or the name of
-    a published GPT-2, which is taken from the local cache or downloaded. block_size crops the positions, dropout
+    path_or_name: a run's directory, any other in Hugging Face's GPT-2 format, a nanoGPT ckpt.pt, or the name of a
+    published GPT-2, which is taken from the local cache or downloaded. block_size crops the positions, dropout
     replaces the saved rate. Raises UserError.
     """
     if os.path.isdir(path_or_name):
@@ -316,7 +316,7 @@ def _first_problem(error):
 
 
 def _read_directory(directory):
-    """(GPTConfig, weights under our names, tokenizer) of a Hugging Face GPT-2 directory."""
+    """(GPTConfig or ModernConfig, weights under our names, tokenizer) of a run's or another GPT-2 directory."""
     path = os.path.join(directory, "config.json")
     if not os.path.exists(path):
         raise UserError(f"{directory}: holds no model yet (no config.json); train one with: python train.py")

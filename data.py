@@ -10,7 +10,8 @@ A text too large for memory is tokenized onto the disk first, and then read from
 
 Three rules hold everywhere, so that every number in this project can be compared with every other:
 - the validation split is the last tenth of the text, counted in characters;
-- the validation loss is over the whole of it, in non-overlapping windows, in nats per token (`validation_loss`);
+- the validation loss is over the whole of it (of a very long one, over --eval_iters batches, spread evenly), in
+  non-overlapping windows, in nats per token (`validation_loss`);
 - which windows a training step sees depends on the seed and the step alone, so a resumed run sees what it would have.
 """
 
@@ -34,8 +35,8 @@ from utils import UserError, argument, memory_of, option, parse_options, run_com
 # ---------------------------------------------------------------------------------------------------------------------
 # The two splits
 
-# Of memory that loading takes: measured 2.2 for ASCII, 6.2 with an emoji here and there (a piece with one takes 4 a
-# character) and so many characters that tokens take 2.
+# Bytes of memory that loading takes for each byte of a text. Measured: 2.2 for ASCII, and 6.2 where there are emoji (a
+# string with one takes 4 bytes a character) and so many different characters that a token takes 2.
 BYTES_A_BYTE = 7
 
 
@@ -51,7 +52,7 @@ class TextData:
 
     @property
     def nbytes(self):
-        """Of memory that the tokens take for good; of those on a disk the system drops pages as it needs to."""
+        """Bytes of memory that the tokens take for good. Those on a disk count nothing: the system drops pages."""
         return sum(t.numel() * t.element_size() for t in (self.train, self.val) if isinstance(t, torch.Tensor))
 
     def check_length(self, block_size):

@@ -19,7 +19,8 @@ def build_optimizers(model, options, device):
     """A GPT's AdamW (Loshchilov & Hutter 2019), or a modern model's Muon for the matrices and AdamW for the rest.
 
     Muon (Jordan et al. 2024) makes all singular values of a matrix's update equal, so that no direction is neglected.
-    Weight decay is for matrices alone, not for biases, norms and other vectors; n-grams have their own.
+    Weight decay is for matrices alone, not for biases, norms and other vectors; in a modern model it is for the layers'
+    matrices, and the n-gram vectors have a decay of their own.
     """
     adamw = dict(lr=options.learning_rate, betas=(options.beta1, options.beta2))
     since = dict(cuda=(2, 1), cpu=(2, 4)).get(device.type)  # a GPU's in 2.0.0 does not heed found_inf (Learner.update)
@@ -220,7 +221,8 @@ class Learner:
         """How many of a step's parts are computed at the same time, each by its share of the CPU's cores.
 
         A core that works on its own part need not wait for the others after each operation. Not with a compiled model,
-        nor with gradient checkpointing, which draws a part's dropout twice and from the random numbers of them all.
+        nor with gradient checkpointing: it computes a part twice, the second time with the same dropout, for which it
+        sets back PyTorch's own random numbers, which are those of all threads.
         """
         alone = self.device.type != "cpu" or self.compute is not self.worker or self.worker.gradient_checkpointing
         return 1 if alone else min(parts, torch.get_num_threads())

@@ -179,7 +179,8 @@ def train_bpe(texts, vocab_size):
     """Byte-pair encoding (Sennrich et al. 2016; over bytes: Radford et al. 2019, 2.2) with vocab_size tokens.
 
     texts: an iterator of strings, of which the first MOST_CHARACTERS are counted. It begins with the 256 bytes, then
-    makes the pair of neighbours that is most frequent one token, again and again; fewer where no pair comes twice.
+    makes the pair of neighbours that is most frequent one token, again and again. Where no pair comes twice it stops
+    with fewer.
     """
     tokenizers = library("--tokenizer bpe")
     bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
@@ -196,8 +197,8 @@ def train_bpe(texts, vocab_size):
 
 
 def spread(texts, characters):
-    """Those of texts, which have so many characters together, to train on where they are more than MOST_CHARACTERS:
-    every second, say, or every tenth."""
+    """The texts to train byte pairs on. characters: how many all of them have together; where that is more than
+    MOST_CHARACTERS, only every second text is taken, say, or every tenth."""
     every = max(1, math.ceil(characters / MOST_CHARACTERS))
     return (text for i, text in enumerate(texts) if i % every == 0)
 

@@ -144,7 +144,7 @@ function drawLens(lens, label, answer) {
   byId("lens-head").replaceChildren(make("tr", {}, column("read after"), ...places.map(column)));
   byId("lens-body").replaceChildren(
     ...lens.map((guesses, layer) => {
-      const name = layer === 0 ? "the token itself" : layer === lens.length - 1 ? `layer ${layer}: the answer` : `layer ${layer}`;
+      const name = layer === 0 ? "before layer 1" : layer === lens.length - 1 ? `layer ${layer}: the answer` : `layer ${layer}`;
       const cells = guesses.map(({ id, probability }) => {
         const cell = make("td", { className: id === answer ? "answer" : "" }, make("b", {}, label(id)), " ", make("small", {}, percent(probability)));
         cell.style.setProperty("--shade", probability.toFixed(3));

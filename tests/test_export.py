@@ -595,7 +595,7 @@ def test_the_lens_is_a_table_by_layer(page):
     rows = page.evaluate(
         "[...document.querySelectorAll('#lens-body tr')].map(row => [...row.children].map(c => c.innerText))"
     )
-    assert [row[0] for row in rows] == ["the token itself", "layer 1", "layer 2", "layer 3: the answer"]
+    assert [row[0] for row in rows] == ["before layer 1", "layer 1", "layer 2", "layer 3: the answer"]
     lens = page.evaluate("state.moment.lens.map(row => row.map(({ id }) => label(id)))")
     assert [[cell.split()[0] for cell in row[1:]] for row in rows] == lens
     assert page.evaluate("document.querySelector('#lens-body tr:last-child td').className") == "answer"
