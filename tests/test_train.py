@@ -513,7 +513,9 @@ def test_a_run_of_more_than_an_hour_says_so_up_front_and_names_a_smaller_one_tha
     assert "hours" not in capsys.readouterr().out
 
 
-def test_a_run_of_minutes_reads_less_of_the_val_split_where_that_would_take_long_and_says_so(run, capsys, monkeypatch):
+def test_a_run_says_where_it_reads_less_than_the_val_split_as_one_of_minutes_does_where_that_would_take_long(
+    run, capsys, monkeypatch
+):
     monkeypatch.setattr(plan, "EVALUATION_TOKENS", 64)
     monkeypatch.setattr(train, "seconds_per_token", lambda *_: 1e3)
     read, whole = [], train.validation_loss
@@ -524,6 +526,7 @@ def test_a_run_of_minutes_reads_less_of_the_val_split_where_that_would_take_long
     said = f"An evaluation reads 64 of the {val} tokens to validate (--eval_iters 2).\n"
     assert said in capsys.readouterr().out and read == [2]
     run("given", **timed, eval_iters=3)
+    assert f"reads 96 of the {val} tokens to validate (--eval_iters 3).\n" in capsys.readouterr().out
     run("steps", max_iters=2, eval_interval=2)
     assert "An evaluation" not in capsys.readouterr().out and read == [2, 3, 200]
 
