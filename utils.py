@@ -20,9 +20,12 @@ def leave(*_):
     os._exit(130)
 
 
+NEEDED = ("torch", "numpy", "tqdm", "matplotlib", "safetensors")
+
+
 def name_what_is_missing(kind, error, trace):
-    """What is shown of an error before run_command is reached: of a package that is not installed, one line."""
-    if not issubclass(kind, ModuleNotFoundError) or os.path.exists(os.path.join(HERE, f"{error.name}.py")):
+    """What is shown of an error that nothing has caught: of a needed package that is not installed, one line."""
+    if getattr(error, "name", None) not in NEEDED or not issubclass(kind, ModuleNotFoundError):
         return sys.__excepthook__(kind, error, trace)
     remedy = "install all that is needed with: pip install -r requirements.txt"
     print(f"{os.path.basename(program)}: error: the package '{error.name}' is missing; {remedy}", file=sys.stderr)
