@@ -757,7 +757,7 @@ def val_losses(metrics):
 @pytest.mark.parametrize("arch", ARCHS)
 @pytest.mark.parametrize("block_size", [None, 4])
 def test_fine_tuning_starts_from_the_old_models_loss_and_lowers_it_on_the_new_text(run, capsys, arch, block_size):
-    run("old", arch=arch, max_iters=200, eval_interval=200)
+    run("old", arch=arch, max_iters=100, eval_interval=100)
     Path("text.txt").write_text(NEW_TEXT, encoding="utf-8")
     capsys.readouterr()
     cropped = {} if block_size is None else dict(block_size=block_size)
