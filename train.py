@@ -283,12 +283,17 @@ class Run:
         """How long the run has taken, from the start of the process on."""
         return self.earlier_seconds + time.perf_counter() - STARTED
 
+    @property
+    def left(self):
+        """Seconds until the last step of a run of minutes."""
+        return 60 * self.options.minutes - self.reserved - self.seconds
+
     def progress(self):
         """The share of the run that is done, 0 to 1: in steps or, with --minutes, in time."""
         done = self.step / self.options.max_iters
         if self.options.minutes is not None:
-            last_second = 60 * self.options.minutes - self.reserved
-            done = max(done, (self.seconds - self.first_second) / max(0.1, last_second - self.first_second))
+            taken = self.seconds - self.first_second
+            done = max(done, taken / max(0.1, taken + self.left))
         return min(1.0, done)
 
     def state(self):
@@ -550,11 +555,10 @@ def train_until(at_end, options, given, processes):
         run.step, run.tokens = run.step + 1, run.tokens + x.numel() * processes.world
         bar.update(done() - bar.n)
 
-        long_ago = timed and run.seconds - last_evaluation > pause
+        # The last evaluation ends the run: one shortly before it would take the time in which the rate goes to zero.
+        long_ago = timed and min(run.seconds - last_evaluation, run.left) > pause
         progress, due, save_is_due = stop.agree(run.progress(), long_ago, run.save_is_due())
-        due = (
-            (due and progress < 0.95) if timed else run.step % options.eval_interval == 0
-        )  # from 0.95 on, the last one
+        due = due if timed else run.step % options.eval_interval == 0
         run.due = bool(due) or progress == 1
         if run.step % options.log_interval == 0 or run.step == 1 or run.due or stop.number is not None:
             train_loss, skipped_before = loss.item(), skipped
