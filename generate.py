@@ -328,9 +328,7 @@ def next_token_probs(logits, temperature=1.0, top_k=None, top_p=None, min_p=None
     logits = logits.float()
     if temperature < GREEDY:
         highest, ids = logits.max(dim=-1, keepdim=True)
-        return (
-            torch.zeros_like(logits).scatter(-1, ids, 1.0) + 0.0 * highest
-        )  # infinity or NaN give NaN, as in a softmax
+        return torch.zeros_like(logits).scatter(-1, ids, 1.0) + 0.0 * highest  # of infinity or NaN: NaN, as a softmax
     logits = logits / temperature
     if top_k and top_k < logits.size(-1):
         values, ids = logits.topk(top_k, dim=-1)

@@ -299,14 +299,15 @@ def made_for(device):
 
     Kernels run on GPUs of their own major version that are no older; what is there as PTX is compiled on any newer one.
     """
-    if torch.version.hip:
+    built_for = torch.cuda.get_arch_list()
+    if torch.version.hip or not built_for:
         return True
     ours = torch.cuda.get_device_capability(device)
-    for kind, major, minor in re.findall(r"(sm|compute)_(\d+)(\d)", " ".join(torch.cuda.get_arch_list())):
+    for kind, major, minor in re.findall(r"(sm|compute)_(\d+)(\d)", " ".join(built_for)):
         theirs = int(major), int(minor)
         if theirs <= ours and (kind == "compute" or theirs[0] == ours[0]):
             return True
-    return not torch.cuda.get_arch_list()
+    return False
 
 
 def torch_version():
