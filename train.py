@@ -91,6 +91,7 @@ from utils import (
 MOST_SKIPPED = 20  # steps in a row: float16's scale of 2^16 may need 16 to come down to 1
 SAVE_SECONDS = 60  # between two savings, where evaluations do not save more often
 SAVE_SHARE = 0.01  # of the time, that these savings may take
+PICTURE_SHARE = 0.05  # of the time, that pictures of the loss may take before the last one
 SAMPLE_SECONDS = 10  # for a sample at most
 
 
@@ -276,6 +277,7 @@ class Run:
         self.reserved = 0.0  # seconds to leave for the end: the last evaluation, the picture, the sample
         self.saved = self.seconds  # when the run was saved last, or began
         self.copying = 0.0  # seconds for which saving kept the training waiting
+        self.drawn, self.drawing = self.seconds, 0.5  # when the loss was drawn last, or the run began; seconds it took
         self.path = os.path.join(options.out_dir, METRICS)
 
     @property
@@ -361,7 +363,7 @@ class Run:
         counters = dict(state["counters"])
         self.earlier_seconds = counters.pop("seconds")
         vars(self).update(counters)
-        self.compiled, self.saved = state.get("compiled"), self.seconds
+        self.compiled, self.saved, self.drawn = state.get("compiled"), self.seconds, self.seconds
         loss = self.processes.from_first(lambda: saved_loss(self.options.out_dir))
         self.best = self.best if loss is None else loss
         self.restore_dice(state["random"])
@@ -392,7 +394,7 @@ class Run:
             f.write(json.dumps(line) + "\n")
 
     def evaluate(self, wrap=iter):
-        """Measure the val loss, keep the weights if they are the best so far, draw the loss curve, save.
+        """Measure the val loss, keep the weights if they are the best so far, save, draw the loss if it is time.
 
         wrap: what the batches of the val split pass through; if it raises Stopped, the evaluation stays due.
         """
@@ -408,14 +410,21 @@ class Run:
         best = loss < self.best
         self.best = min(loss, self.best)
         self.save(best)
-        if self.processes.first:
-            self._draw()
+        if self.processes.first and self.picture_is_due():
+            self.draw()
         return loss
 
-    def _draw(self):
+    def picture_is_due(self):
+        """Is it time to draw the loss before the end? It takes as long as hundreds of steps of a tiny model."""
+        return self.progress() < 1 and self.seconds - self.drawn > self.drawing / PICTURE_SHARE
+
+    def draw(self):
+        """Draw the loss curve."""
+        start = self.seconds
         figure = plots.loss_curve(read_metrics(self.path))
         picture = os.path.join(self.options.out_dir, "loss.png")
         write_atomically(picture, lambda path: figure.savefig(path, format="png", dpi=120))
+        self.drawn, self.drawing = self.seconds, self.seconds - start
 
     def diverged(self, what):
         """The error for numbers that are none."""
@@ -639,11 +648,14 @@ def report(run, stop, finished):
     if stop.number is not None and not finished:
         run.save()
         run.saver.wait()
+        if run.processes.first:
+            run.draw()
         program = "python" if run.processes.world == 1 else "torchrun ..."
         print(f"stopped after step {run.step} and saved; go on with: {program} train.py --out_dir {out} --resume")
         return 128 + stop.number
     run.saver.wait()
     if run.processes.first:
+        run.draw()
         Draft.from_tokens(run.data.train).save(out)  # sample.py is faster with it
     elif not run.learner.sharded:  # else its part of the weights is needed for the sample
         return 0

@@ -6,6 +6,7 @@ same main() in this one.
 
 import contextlib
 import hashlib
+import importlib
 import io
 import json
 import os
@@ -925,7 +926,7 @@ def shrunk(line, steps, cwd):
     return [*words[1:], *SHRINK["train.py"].split(), *few, *more]
 
 
-def test_readme_commands(tmp_path):
+def test_readme_commands(tmp_path, command):
     for path in ROOT.glob("*.py"):
         shutil.copy(str(path), str(tmp_path))
     shutil.copytree(str(ROOT / "page"), str(tmp_path / "page"))
@@ -950,15 +951,18 @@ def test_readme_commands(tmp_path):
             assert not feed or feed.split()[0] == "echo", f"teach this test to run: {line}"
             words = shrunk(last, steps, tmp_path)
             stdin = " ".join(shlex.split(feed)[1:]).encode() + b"\n" if feed else None
-            process = subprocess.Popen(
-                [sys.executable, *words],
-                cwd=str(tmp_path),
-                env=ENVIRONMENT,
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-            )
-            result = finish(process, stdin)
+            if words[0] not in ran or "--minutes" in words:  # each script, and the clock, in a process of its own
+                process = subprocess.Popen(
+                    [sys.executable, *words],
+                    cwd=str(tmp_path),
+                    env=ENVIRONMENT,
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.PIPE,
+                )
+                result = finish(process, stdin)
+            else:  # in this one, which has loaded PyTorch already
+                result = command(importlib.import_module(words[0][: -len(".py")]), *words[1:], stdin=stdin or b"")
             assert result.status == 0, (line, result)
             assert result.out and "Traceback" not in result.err
             ran.append(words[0])

@@ -103,11 +103,11 @@ def here(tmp_path_factory):
     directory = tmp_path_factory.mktemp("distributed")
     (directory / "text.txt").write_text(TEXT, encoding="utf-8")
     before, handlers = os.getcwd(), {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
-    plain = train.Run._draw, train.sample_text
+    plain = train.Run.draw, train.sample_text
     os.chdir(str(directory))
     together.make_short()
     yield directory
-    train.Run._draw, train.sample_text = plain
+    train.Run.draw, train.sample_text = plain
     os.chdir(before)
     for number, handler in handlers.items():
         signal.signal(number, handler)

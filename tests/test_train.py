@@ -4,6 +4,7 @@ The learning rate and one step are in test_optim.py, what is chosen for a machin
 person runs them in test_cli.py.
 """
 
+import functools
 import json
 import math
 import os
@@ -35,6 +36,7 @@ TINY.update(dtype="float32", eval_interval=10, log_interval=1, learning_rate=1e-
 needs_muon = pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="a modern model needs PyTorch 2.9's Muon")
 ARCHS = ["gpt", pytest.param("modern", marks=needs_muon)]
 TEXT = "the quick brown fox jumps over the lazy dog, and the dog sleeps on.\n" * 20
+DRAW = train.Run.draw
 
 
 def make_options(**changes):
@@ -47,7 +49,7 @@ def run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "text.txt").write_text(TEXT, encoding="utf-8")
     monkeypatch.setattr(plan, "matmul_peak", lambda *_: 1e11)  # measuring it takes a second
-    monkeypatch.setattr(train.Run, "_draw", lambda self: None)  # half of so short a run; test_cli.py draws
+    monkeypatch.setattr(train.Run, "draw", lambda self: None)  # half of so short a run; test_cli.py draws
 
     def go(out_dir, not_given=(), **changes):
         options = make_options(data="text.txt", out_dir=out_dir, **changes)
@@ -229,6 +231,21 @@ def test_a_long_run_is_saved_between_its_evaluations_and_as_seldom_as_that_costs
     monkeypatch.setattr(train.Saver, "seconds", property(lambda self: 0.9, lambda self, value: None), raising=False)
     assert run("out", **settings)[0] == 0  # a step a second
     assert saved == [91, 182, 273, 300]
+
+
+@pytest.mark.parametrize("ctrl_c, last", [(None, 105), (30, 28)])
+def test_the_loss_is_drawn_as_seldom_as_that_costs_5_percent_and_at_the_end(run, clock, monkeypatch, ctrl_c, last):
+    drawn, clock.ctrl_c = [], ctrl_c
+
+    def picture(metrics):
+        drawn.append(metrics[-1]["step"])
+        clock.now += 2
+        return SimpleNamespace(savefig=lambda path, **_: Path(path).touch())
+
+    monkeypatch.setattr(train.Run, "draw", DRAW)
+    monkeypatch.setattr(train.plots, "loss_curve", picture)
+    run("out", max_iters=105, eval_interval=5)  # a step a second
+    assert drawn == [step for step in (15, 60) if step < last] + [last]
 
 
 def test_a_saving_that_fails_in_its_thread_ends_the_run_with_its_error(run, monkeypatch):
@@ -444,8 +461,18 @@ def test_weights_that_give_no_number_are_neither_kept_nor_logged(run, make_model
     assert {path: path.read_bytes() for path in Path("out").iterdir()} == before
 
 
-@pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++", "c++"))), reason="there is no C++ compiler here")
-def test_compile_gives_the_losses_of_the_plain_run(run, capsys):
+COMPILER = any(map(shutil.which, ("g++", "clang++", "c++")))
+
+
+@pytest.mark.parametrize(
+    "backend",
+    [
+        "aot_eager",  # all of it but the C++, which takes half a minute
+        pytest.param("inductor", marks=[pytest.mark.long, pytest.mark.skipif(not COMPILER, reason="no C++ compiler")]),
+    ],
+)
+def test_compile_gives_the_losses_of_the_plain_run(run, capsys, monkeypatch, backend):
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
     plain = run("plain", dropout=0.0, max_iters=6)[1]
     capsys.readouterr()
     compiled = run("compiled", dropout=0.0, max_iters=6, compile=True)[1]
@@ -588,8 +615,6 @@ def clock(monkeypatch):
 
     monkeypatch.setattr(Learner, "step", slow)
     monkeypatch.setattr(train, "time", SimpleNamespace(perf_counter=lambda: clock.now))
-    picture = SimpleNamespace(savefig=lambda path, **_: Path(path).touch())  # drawing takes longer than such a run
-    monkeypatch.setattr(train.plots, "loss_curve", lambda metrics: picture)
     return clock
 
 

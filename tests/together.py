@@ -66,7 +66,7 @@ plain_step, plain_loss, plain_sample = Learner.step, Learner.loss, train.sample_
 
 def make_short():
     """Leave out what takes longest in a small run: the picture, and all but the beginning of a sample."""
-    train.Run._draw = lambda self: None
+    train.Run.draw = lambda self: None
     train.sample_text = lambda model, tokenizer, length, device: plain_sample(model, tokenizer, 5, device)
 
 
