@@ -26,6 +26,7 @@ from utils import UserError, first_line, memory_of, same_dice
 # A modern model's defaults, where they are not those of TrainOptions.
 MODERN = dict(learning_rate=4e-3, min_lr=0.0, warmup_iters=20, weight_decay=0.0, beta1=0.8, beta2=0.95)
 MODERN_SHAPE = dict(ngram=5)  # of a new model; one of --init_from keeps its own
+ONLY_MODERN = ("matrix_lr", "ngram", "ngram_decay")
 
 # What fine-tuning (--init_from) has for a default in place of both: weights that know much should change little, and
 # soon. The shape of the recipe is that of Radford et al. 2018 (GPT-1), 4.1; the rates were tried on texts of our own.
@@ -140,9 +141,10 @@ def choose_settings(options, given, tokens, device, dtype, peak=None, processes=
         else:
             rate = sizes["learning_rate"]  # AdamW alone bears less, and larger models little (docs/speed.md)
             chosen.update(learning_rate=rate * 2 / 3 if rate > 0.01 else 2e-3, min_lr=0.0)
-            chosen = {name: value for name, value in chosen.items() if name not in ("matrix_lr", "ngram")}
+            chosen = {name: value for name, value in chosen.items() if name not in ONLY_MODERN}
     elif options.arch == "modern":
-        chosen = {**MODERN, **MODERN_SHAPE}
+        read = options.max_iters * options.batch_size * options.gradient_accumulation_steps * options.block_size
+        chosen = {**MODERN, **MODERN_SHAPE, "ngram_decay": ngram_decay(read / max(1, tokens))}
     if "batch_size" in chosen:
         chosen["batch_size"] = math.ceil(chosen["batch_size"] / processes) * processes
     chosen = {name: value for name, value in chosen.items() if name not in given}
@@ -153,6 +155,8 @@ def choose_settings(options, given, tokens, device, dtype, peak=None, processes=
             remedy = "leave it out" + (", or add --ngram 5" if chosen.get("ngram") == 1 else "")
             raise UserError(f"--{name} {value:g}: is for a modern model with --ngram above 1; {remedy}")
     if why is not None:
+        if options.ngram == 1:
+            chosen.pop("ngram_decay", None)
         shown = {name: value for name, value in chosen.items() if value != STEPS_WITHOUT_END}
         print(f"{why}:")
         print(
@@ -379,10 +383,11 @@ def for_minutes(minutes, tokens, device, dtype, peak=None):
     """The options for a run of that many minutes on a text of so many training tokens. Returns (options, why).
 
     The rule: measure the machine's matrix products, multiply by the time, take the largest of SIZES for which that is
-    enough. A run makes some 40 % of that work, which says how many tokens it will see. From eight times the text on,
-    dropout keeps it from learning the text by heart: 0.05 at eight times, and 0.1 more each time that doubles, up to
-    0.5; and a modern model has no n-grams then, which know a text by heart soonest. On a GPU a step takes longer than
-    its products alone, and each size can do work of its own (possible_work).
+    enough. A run makes some 40 % of that work, which says how many tokens it will see. The more often it reads the
+    text, the sooner must a modern model's n-grams fade (ngram_decay), which know a text by heart soonest; from eight
+    times on it has none, and dropout keeps the rest from it: 0.05 at eight times, and 0.1 more each time that doubles,
+    up to 0.5. On a GPU a step takes longer than its products alone, and each size can do work of its own
+    (possible_work).
     """
     peak = peak or matmul_peak(device, dtype)
     for least, candidate in SIZES:
@@ -392,13 +397,21 @@ def for_minutes(minutes, tokens, device, dtype, peak=None):
     while sizes["block_size"] > 8 and sizes["block_size"] * 8 > tokens:  # a very short text
         sizes["block_size"] //= 2
     epochs = SHARE * work / step_work(sizes, tokens=tokens)
-    sizes["dropout"] = 0.0
+    sizes["dropout"], sizes["ngram_decay"] = 0.0, ngram_decay(epochs)
     if epochs >= 8:
         sizes["dropout"] = round(min(0.5, 0.05 + 0.1 * math.log2(epochs / 8)), 2)
         sizes["ngram"] = 1
     sizes["max_iters"] = STEPS_WITHOUT_END
     why = f"{peak / 1e9:,.0f} GFLOP/s x {minutes:g} min on {tokens:,} tokens, about {epochs:.1f} times the text"
     return sizes, why
+
+
+def ngram_decay(epochs):
+    """How fast n-gram vectors should shrink in a run that reads its text so many times (docs/speed.md).
+
+    What one reading taught the vector of a rare run of tokens should have faded before the next reading comes to it.
+    """
+    return round(min(8.0, max(1.0, 0.8 * epochs)), 1)
 
 
 def step_work(sizes, tokens):

@@ -131,7 +131,9 @@ class TrainOptions:
         1, "tokens in the longest run that has a vector of its own; modern: 5", at_least=1, below=LONGEST + 1
     )
     ngram_rows: int = option(16384, "modern: rows in the table of these vectors", at_least=1)
-    ngram_decay: float = option(1.0, "modern: decay of these vectors; fine-tuning: 0", at_least=0)
+    ngram_decay: float = option(
+        1.0, "modern: decay of these vectors; 0.8 each time the text is read, at most 8; fine-tuning: 0", at_least=0
+    )
     bias: bool = option(True, "biases in the linear layers and LayerNorms, as in GPT-2; modern: none")
     # training
     batch_size: int = option(64, "windows of block_size tokens in each step", at_least=1)

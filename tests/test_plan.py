@@ -131,6 +131,20 @@ def test_dropout_begins_at_eight_times_the_text_and_grows_with_each_doubling_up_
     assert float(why.split("about ")[1].split(" times the text")[0]) == pytest.approx(epochs, rel=0.01, abs=0.05)
 
 
+@pytest.mark.parametrize("epochs, decay", [(0.01, 1.0), (1.2, 1.0), (3, 2.4), (7.5, 6.0), (9, 7.2), (100, 8.0)])
+def test_the_more_often_a_text_is_read_the_sooner_its_n_grams_fade(choose, capsys, epochs, decay):
+    sizes, _ = choose(1, peak=1e11)
+    tokens = round(0.4 * 1e11 * 60 / (6 * 12 * weights(sizes)) / epochs)
+    fixed = dict(arch="modern", max_iters=400, batch_size=4, gradient_accumulation_steps=2, block_size=32)
+    for options in (dict(arch="modern", minutes=1), {**fixed, "minutes": None}):
+        options = make_options(**options)
+        text = tokens if options.minutes else round(400 * 4 * 2 * 32 / epochs)
+        chosen = plan.choose_settings(options, {"arch"}, text, CPU, torch.float32, peak=1e11)
+        assert chosen.ngram_decay == pytest.approx(decay, abs=0.1)
+        told = capsys.readouterr().out
+        assert ("--ngram_decay" in told) == (chosen.ngram > 1 and options.minutes is not None)
+
+
 def test_the_same_time_on_a_shorter_text_never_gets_less_dropout(choose):
     rates = [choose(3, tokens, 8e11)[0]["dropout"] for tokens in (10**9, 10**8, 10**7, 10**6, 10**5, 10**4, 1000)]
     assert rates == sorted(rates) and rates[0] == 0.0 and rates[-1] == 0.5
