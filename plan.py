@@ -134,7 +134,7 @@ def choose_settings(options, given, tokens, device, dtype, peak=None, processes=
     if options.init_from is not None:
         chosen, why = for_fine_tuning(options, given, tokens)
     elif options.minutes is not None:
-        sizes, why = for_minutes(options.minutes, tokens, device, dtype, peak)
+        sizes, why = for_minutes(options.minutes, tokens, device, dtype, peak, options.arch)
         chosen.update(sizes)
         if options.arch == "modern":
             chosen = {**MODERN, **MODERN_SHAPE, **chosen}
@@ -152,8 +152,7 @@ def choose_settings(options, given, tokens, device, dtype, peak=None, processes=
     for name in ("ngram_rows", "ngram_decay"):
         if name in given and options.ngram == 1:
             value = getattr(options, name)
-            remedy = "leave it out" + (", or add --ngram 5" if chosen.get("ngram") == 1 else "")
-            raise UserError(f"--{name} {value:g}: is for a modern model with --ngram above 1; {remedy}")
+            raise UserError(f"--{name} {value:g}: is for a modern model with --ngram above 1; leave it out")
     if why is not None:
         if options.ngram == 1:
             chosen.pop("ngram_decay", None)
@@ -379,13 +378,13 @@ GPU_LAYER = 4e-4  # seconds that the operations of a layer take in a step, howev
 STEPS_WITHOUT_END = 10**9  # max_iters where the clock ends the run
 
 
-def for_minutes(minutes, tokens, device, dtype, peak=None):
+def for_minutes(minutes, tokens, device, dtype, peak=None, arch="modern"):
     """The options for a run of that many minutes on a text of so many training tokens. Returns (options, why).
 
     The rule: measure the machine's matrix products, multiply by the time, take the largest of SIZES for which that is
     enough. A run makes some 40 % of that work, which says how many tokens it will see. The more often it reads the
-    text, the sooner must a modern model's n-grams fade (ngram_decay), which know a text by heart soonest; from eight
-    times on it has none, and dropout keeps the rest from it: 0.05 at eight times, and 0.1 more each time that doubles,
+    text, the sooner must a modern model's n-grams fade (ngram_decay), which know a text by heart soonest. From eight
+    times on dropout keeps the rest from it: 0.05 at eight times, and each time that doubles 0.05 more, or of a GPT 0.1,
     up to 0.5. On a GPU a step takes longer than its products alone, and each size can do work of its own
     (possible_work).
     """
@@ -399,8 +398,8 @@ def for_minutes(minutes, tokens, device, dtype, peak=None):
     epochs = SHARE * work / step_work(sizes, tokens=tokens)
     sizes["dropout"], sizes["ngram_decay"] = 0.0, ngram_decay(epochs)
     if epochs >= 8:
-        sizes["dropout"] = round(min(0.5, 0.05 + 0.1 * math.log2(epochs / 8)), 2)
-        sizes["ngram"] = 1
+        doubling = 0.05 if arch == "modern" else 0.1
+        sizes["dropout"] = round(min(0.5, 0.05 + doubling * math.log2(epochs / 8)), 2)
     sizes["max_iters"] = STEPS_WITHOUT_END
     why = f"{peak / 1e9:,.0f} GFLOP/s x {minutes:g} min on {tokens:,} tokens, about {epochs:.1f} times the text"
     return sizes, why
@@ -411,7 +410,7 @@ def ngram_decay(epochs):
 
     What one reading taught the vector of a rare run of tokens should have faded before the next reading comes to it.
     """
-    return round(min(8.0, max(1.0, 0.8 * epochs)), 1)
+    return round(min(16.0, max(1.0, 0.8 * epochs)), 1)
 
 
 def step_work(sizes, tokens):

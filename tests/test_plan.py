@@ -45,9 +45,9 @@ def make_options(**changes):
 def choose(monkeypatch):
     """choose(minutes, tokens, peak) -> (settings, why), as on a machine of that peak speed."""
 
-    def choose(minutes, tokens=10**6, peak=1e11, device=CPU):
+    def choose(minutes, tokens=10**6, peak=1e11, device=CPU, arch="modern"):
         monkeypatch.setattr(plan, "matmul_peak", lambda device, dtype: peak)
-        return for_minutes(minutes, tokens, device, torch.float32)
+        return for_minutes(minutes, tokens, device, torch.float32, arch=arch)
 
     return choose
 
@@ -118,20 +118,20 @@ def test_a_long_text_gets_the_block_size_of_its_model_and_a_short_one_a_smaller_
 
 
 @pytest.mark.parametrize(
-    "epochs, dropout",
-    [(0.01, 0.0), (7.98, 0.0), (8.02, 0.05), (16, 0.15), (32, 0.25), (128, 0.45), (1200, 0.5), (9000, 0.5)],
+    "epochs, modern, gpt",
+    [(0.01, 0, 0), (7.98, 0, 0), (8.02, 0.05, 0.05), (16, 0.1, 0.15), (128, 0.25, 0.45), (9000, 0.5, 0.5)],
 )
-def test_dropout_begins_at_eight_times_the_text_and_grows_with_each_doubling_up_to_0_5(choose, epochs, dropout):
+def test_dropout_begins_at_eight_times_the_text_and_grows_with_each_doubling_up_to_0_5(choose, epochs, modern, gpt):
     """At 40 % of the peak and 6 operations for each weight of the layers and each token."""
     sizes, _ = choose(1, peak=1e11)
     tokens_read = 0.4 * 1e11 * 60 / (6 * 12 * weights(sizes))
     sizes, why = choose(1, round(tokens_read / epochs), peak=1e11)
-    assert sizes["dropout"] == dropout
-    assert sizes.get("ngram", 5) == (5 if epochs < 8 else 1)
+    assert sizes["dropout"] == modern
+    assert choose(1, round(tokens_read / epochs), peak=1e11, arch="gpt")[0]["dropout"] == gpt
     assert float(why.split("about ")[1].split(" times the text")[0]) == pytest.approx(epochs, rel=0.01, abs=0.05)
 
 
-@pytest.mark.parametrize("epochs, decay", [(0.01, 1.0), (1.2, 1.0), (3, 2.4), (7.5, 6.0), (9, 7.2), (100, 8.0)])
+@pytest.mark.parametrize("epochs, decay", [(0.01, 1.0), (1.2, 1.0), (3, 2.4), (7.5, 6.0), (9, 7.2), (100, 16.0)])
 def test_the_more_often_a_text_is_read_the_sooner_its_n_grams_fade(choose, capsys, epochs, decay):
     sizes, _ = choose(1, peak=1e11)
     tokens = round(0.4 * 1e11 * 60 / (6 * 12 * weights(sizes)) / epochs)
@@ -283,11 +283,9 @@ def test_a_flag_of_the_other_architecture_is_refused_where_the_architecture_is_c
     for name, value in (("ngram_rows", 100), ("ngram_decay", 0.1)):
         if muon:
             assert getattr(settings(name, **{name: value}), name) == value
-        with pytest.raises(UserError, match=f"^--{name} {value}: is for a modern model with --ngram above 1"):
-            settings(name, "ngram", ngram=1, **{name: value})
         capsys.readouterr()
-        with pytest.raises(UserError, match=r"leave it out, or add --ngram 5$" if muon else "leave it out$"):
-            settings(name, tokens=10**5, **{name: value})  # read too often for n-grams
+        with pytest.raises(UserError, match=f"^--{name} {value}: is for a modern model with --ngram above 1; leave it"):
+            settings(name, "ngram", ngram=1, **{name: value})
         assert capsys.readouterr().out == ""
     for arch, name in (("gpt", "bias"), ("modern", "matrix_lr")):
         assert settings("arch", name, arch=arch).arch == arch
