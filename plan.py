@@ -152,7 +152,8 @@ def choose_settings(options, given, tokens, device, dtype, peak=None, processes=
     for name in ("ngram_rows", "ngram_decay"):
         if name in given and options.ngram == 1:
             value = getattr(options, name)
-            raise UserError(f"--{name} {value:g}: is for a modern model with --ngram above 1; leave it out")
+            remedy = "leave it out" + (", or add --ngram 5" if chosen.get("ngram") == 1 else "")
+            raise UserError(f"--{name} {value:g}: is for a modern model with --ngram above 1; {remedy}")
     if why is not None:
         if options.ngram == 1:
             chosen.pop("ngram_decay", None)
@@ -375,6 +376,7 @@ SHARE = 0.4  # of that work a run really makes
 # A GPU is not kept busy by models as small as these. Measured on an H100, with recorded steps:
 GPU_START = 7  # seconds until the first step
 GPU_LAYER = 4e-4  # seconds that the operations of a layer take in a step, however little there is to do for each
+TOO_OFTEN_FOR_NGRAMS = 64  # times that a text is read
 STEPS_WITHOUT_END = 10**9  # max_iters where the clock ends the run
 
 
@@ -383,10 +385,10 @@ def for_minutes(minutes, tokens, device, dtype, peak=None, arch="modern"):
 
     The rule: measure the machine's matrix products, multiply by the time, take the largest of SIZES for which that is
     enough. A run makes some 40 % of that work, which says how many tokens it will see. The more often it reads the
-    text, the sooner must a modern model's n-grams fade (ngram_decay), which know a text by heart soonest. From eight
-    times on dropout keeps the rest from it: 0.05 at eight times, and each time that doubles 0.05 more, or of a GPT 0.1,
-    up to 0.5. On a GPU a step takes longer than its products alone, and each size can do work of its own
-    (possible_work).
+    text, the sooner must a modern model's n-grams fade (ngram_decay), which know a text by heart soonest; from 64 times
+    on it has none. From eight times on dropout keeps the rest from it: 0.05 at eight times, and each time that doubles
+    0.05 more, or without n-grams 0.1 more, up to 0.5. On a GPU a step takes longer than its products alone, and each
+    size can do work of its own (possible_work).
     """
     peak = peak or matmul_peak(device, dtype)
     for least, candidate in SIZES:
@@ -397,8 +399,10 @@ def for_minutes(minutes, tokens, device, dtype, peak=None, arch="modern"):
         sizes["block_size"] //= 2
     epochs = SHARE * work / step_work(sizes, tokens=tokens)
     sizes["dropout"], sizes["ngram_decay"] = 0.0, ngram_decay(epochs)
+    if epochs >= TOO_OFTEN_FOR_NGRAMS:
+        sizes["ngram"] = 1
     if epochs >= 8:
-        doubling = 0.05 if arch == "modern" else 0.1
+        doubling = 0.05 if arch == "modern" and epochs < TOO_OFTEN_FOR_NGRAMS else 0.1
         sizes["dropout"] = round(min(0.5, 0.05 + doubling * math.log2(epochs / 8)), 2)
     sizes["max_iters"] = STEPS_WITHOUT_END
     why = f"{peak / 1e9:,.0f} GFLOP/s x {minutes:g} min on {tokens:,} tokens, about {epochs:.1f} times the text"
@@ -410,7 +414,7 @@ def ngram_decay(epochs):
 
     What one reading taught the vector of a rare run of tokens should have faded before the next reading comes to it.
     """
-    return round(min(16.0, max(1.0, 0.8 * epochs)), 1)
+    return round(min(16.0, max(1.0, 0.8 * (epochs - 1))), 1)
 
 
 def step_work(sizes, tokens):

@@ -132,7 +132,7 @@ class TrainOptions:
     )
     ngram_rows: int = option(16384, "modern: rows in the table of these vectors", at_least=1)
     ngram_decay: float = option(
-        1.0, "modern: decay of these vectors; 0.8 each time the text is read, at most 16; fine-tuning: 0", at_least=0
+        1.0, "modern: decay of these vectors, 0.8 a reading after the first, up to 16; fine-tuning: 0", at_least=0
     )
     bias: bool = option(True, "biases in the linear layers and LayerNorms, as in GPT-2; modern: none")
     # training

@@ -119,19 +119,27 @@ def test_a_long_text_gets_the_block_size_of_its_model_and_a_short_one_a_smaller_
 
 @pytest.mark.parametrize(
     "epochs, modern, gpt",
-    [(0.01, 0, 0), (7.98, 0, 0), (8.02, 0.05, 0.05), (16, 0.1, 0.15), (128, 0.25, 0.45), (9000, 0.5, 0.5)],
+    [
+        (0.01, 0, 0),
+        (7.98, 0, 0),
+        (8.02, 0.05, 0.05),
+        (16, 0.1, 0.15),
+        (63, 0.2, 0.35),
+        (65, 0.35, 0.35),
+        (9e3, 0.5, 0.5),
+    ],
 )
 def test_dropout_begins_at_eight_times_the_text_and_grows_with_each_doubling_up_to_0_5(choose, epochs, modern, gpt):
     """At 40 % of the peak and 6 operations for each weight of the layers and each token."""
     sizes, _ = choose(1, peak=1e11)
     tokens_read = 0.4 * 1e11 * 60 / (6 * 12 * weights(sizes))
     sizes, why = choose(1, round(tokens_read / epochs), peak=1e11)
-    assert sizes["dropout"] == modern
+    assert sizes["dropout"] == modern and sizes.get("ngram", 5) == (5 if epochs < 64 else 1)
     assert choose(1, round(tokens_read / epochs), peak=1e11, arch="gpt")[0]["dropout"] == gpt
     assert float(why.split("about ")[1].split(" times the text")[0]) == pytest.approx(epochs, rel=0.01, abs=0.05)
 
 
-@pytest.mark.parametrize("epochs, decay", [(0.01, 1.0), (1.2, 1.0), (3, 2.4), (7.5, 6.0), (9, 7.2), (100, 16.0)])
+@pytest.mark.parametrize("epochs, decay", [(0.01, 1.0), (2, 1.0), (3, 1.6), (7.5, 5.2), (9, 6.4), (50, 16.0)])
 def test_the_more_often_a_text_is_read_the_sooner_its_n_grams_fade(choose, capsys, epochs, decay):
     sizes, _ = choose(1, peak=1e11)
     tokens = round(0.4 * 1e11 * 60 / (6 * 12 * weights(sizes)) / epochs)
@@ -283,9 +291,11 @@ def test_a_flag_of_the_other_architecture_is_refused_where_the_architecture_is_c
     for name, value in (("ngram_rows", 100), ("ngram_decay", 0.1)):
         if muon:
             assert getattr(settings(name, **{name: value}), name) == value
-        capsys.readouterr()
-        with pytest.raises(UserError, match=f"^--{name} {value}: is for a modern model with --ngram above 1; leave it"):
+        with pytest.raises(UserError, match=f"^--{name} {value}: is for a modern model with --ngram above 1"):
             settings(name, "ngram", ngram=1, **{name: value})
+        capsys.readouterr()
+        with pytest.raises(UserError, match=r"leave it out, or add --ngram 5$" if muon else "leave it out$"):
+            settings(name, tokens=10**4, **{name: value})  # read too often for n-grams
         assert capsys.readouterr().out == ""
     for arch, name in (("gpt", "bias"), ("modern", "matrix_lr")):
         assert settings("arch", name, arch=arch).arch == arch
