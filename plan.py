@@ -376,7 +376,6 @@ SHARE = 0.4  # of that work a run really makes
 # A GPU is not kept busy by models as small as these. Measured on an H100, with recorded steps:
 GPU_START = 7  # seconds until the first step
 GPU_LAYER = 4e-4  # seconds that the operations of a layer take in a step, however little there is to do for each
-TOO_OFTEN_FOR_NGRAMS = 40  # times that a text is read
 STEPS_WITHOUT_END = 10**9  # max_iters where the clock ends the run
 
 
@@ -385,10 +384,10 @@ def for_minutes(minutes, tokens, device, dtype, peak=None, arch="modern"):
 
     The rule: measure the machine's matrix products, multiply by the time, take the largest of SIZES for which that is
     enough. A run makes some 40 % of that work, which says how many tokens it will see. The more often it reads the
-    text, the sooner must a modern model's n-grams fade (ngram_decay), which know a text by heart soonest; from 40 times
-    on it has none. From eight times on dropout keeps the rest from it: 0.05 at eight times, and each time that doubles
-    0.05 more, or without n-grams 0.1 more, up to 0.5. On a GPU a step takes longer than its products alone, and each
-    size can do work of its own (possible_work).
+    text, the sooner must a modern model's n-grams fade (ngram_decay), which know a text by heart soonest. It has none
+    from 32 times on, of a text of 90,000 tokens and more from 60 times on. From eight times on dropout keeps the rest
+    from it: 0.05 at eight times, and each time that doubles 0.05 more, or without n-grams 0.1 more, up to 0.5.
+    On a GPU a step takes longer than its products alone, and each size can do work of its own (possible_work).
     """
     peak = peak or matmul_peak(device, dtype)
     for least, candidate in SIZES:
@@ -399,10 +398,11 @@ def for_minutes(minutes, tokens, device, dtype, peak=None, arch="modern"):
         sizes["block_size"] //= 2
     epochs = SHARE * work / step_work(sizes, tokens=tokens)
     sizes["dropout"], sizes["ngram_decay"] = 0.0, ngram_decay(epochs)
-    if epochs >= TOO_OFTEN_FOR_NGRAMS:
+    ngrams = arch == "modern" and epochs < min(60, max(32, tokens / 1500))  # what was measured
+    if not ngrams:
         sizes["ngram"] = 1
     if epochs >= 8:
-        doubling = 0.05 if arch == "modern" and epochs < TOO_OFTEN_FOR_NGRAMS else 0.1
+        doubling = 0.05 if ngrams else 0.1
         sizes["dropout"] = round(min(0.5, 0.05 + doubling * math.log2(epochs / 8)), 2)
     sizes["max_iters"] = STEPS_WITHOUT_END
     why = f"{peak / 1e9:,.0f} GFLOP/s x {minutes:g} min on {tokens:,} tokens, about {epochs:.1f} times the text"

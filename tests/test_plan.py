@@ -124,7 +124,7 @@ def test_a_long_text_gets_the_block_size_of_its_model_and_a_short_one_a_smaller_
         (7.98, 0, 0),
         (8.02, 0.05, 0.05),
         (16, 0.1, 0.15),
-        (39, 0.16, 0.28),
+        (31, 0.15, 0.25),
         (41, 0.29, 0.29),
         (9e3, 0.5, 0.5),
     ],
@@ -134,9 +134,21 @@ def test_dropout_begins_at_eight_times_the_text_and_grows_with_each_doubling_up_
     sizes, _ = choose(1, peak=1e11)
     tokens_read = 0.4 * 1e11 * 60 / (6 * 12 * weights(sizes))
     sizes, why = choose(1, round(tokens_read / epochs), peak=1e11)
-    assert sizes["dropout"] == modern and sizes.get("ngram", 5) == (5 if epochs < 40 else 1)
+    assert sizes["dropout"] == modern and sizes.get("ngram", 5) == (5 if epochs < 32 else 1)
     assert choose(1, round(tokens_read / epochs), peak=1e11, arch="gpt")[0]["dropout"] == gpt
     assert float(why.split("about ")[1].split(" times the text")[0]) == pytest.approx(epochs, rel=0.01, abs=0.05)
+
+
+@pytest.mark.parametrize("tokens, most", [(1000, 32), (48_000, 32), (75_000, 50), (90_000, 60), (10**6, 60)])
+def test_n_grams_are_left_out_where_a_text_is_read_so_often_that_they_know_it_by_heart(choose, tokens, most):
+    found = set()
+    for peak in (1.1**n for n in range(170, 450)):
+        sizes, _ = choose(1, tokens, peak)
+        epochs = 0.4 * peak * 60 / (6 * 12 * weights(sizes) * tokens)
+        if not 0.99 < epochs / most < 1.01:
+            assert ("ngram" in sizes) == (epochs > most), epochs
+            found.add(epochs > most)
+    assert found == {True, False}
 
 
 @pytest.mark.parametrize("epochs, decay", [(0.01, 1.0), (2, 1.0), (3, 1.6), (7.5, 5.2), (9, 6.4), (50, 16.0)])
