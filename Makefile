@@ -10,7 +10,7 @@ demo: .venv/ready             ; $(BIN)/python train.py --fresh --minutes 1 --out
 pictures: .venv/ready-dev     ; PYTHONPATH=.:tests $(BIN)/python docs/pictures.py $(ARGS)
 bench: .venv/ready            ; $(BIN)/python bench.py $(ARGS)
 lint: .venv/ready-dev         ; $(BIN)/ruff check . && $(BIN)/ruff format --check .
-test: lint                    ; $(BIN)/python -m pytest -q -n 2 --dist loadfile $(ARGS)
+test: lint                    ; $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 test-long: .venv/ready-dev    ; $(BIN)/python -m pytest -q -m long $(ARGS)
 notebooks: .venv/ready-dev    ; NANOGPT_PLAIN=1 $(BIN)/jupyter execute --inplace gpt_dev.ipynb notebooks/*.ipynb
 clean:                        ; rm -rf .venv .pytest_cache .ruff_cache __pycache__ tests/__pycache__

@@ -19,6 +19,14 @@ settings.register_profile("repeatable", derandomize=True, database=None, deadlin
 settings.load_profile("repeatable")
 
 
+# The files that take longest come first, so that of two workers none is left with one of them at the end.
+LONGEST_FIRST = ["test_cli", "test_notebooks", "test_train", "test_survival", "test_distributed", "test_shards"]
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: LONGEST_FIRST.index(item.path.stem) if item.path.stem in LONGEST_FIRST else 99)
+
+
 @pytest.fixture(autouse=True)
 def same_dice():
     """Each test draws the same numbers, whatever ran before it in its process."""
