@@ -398,7 +398,7 @@ def for_minutes(minutes, tokens, device, dtype, peak=None, arch="modern"):
         sizes["block_size"] //= 2
     epochs = SHARE * work / step_work(sizes, tokens=tokens)
     sizes["dropout"], sizes["ngram_decay"] = 0.0, ngram_decay(epochs)
-    ngrams = arch == "modern" and epochs < min(60, max(32, tokens / 1500))  # what was measured
+    ngrams = arch == "modern" and epochs < min(60, max(32, tokens / 1500))  # more often, it was measured to harm
     if not ngrams:
         sizes["ngram"] = 1
     if epochs >= 8:

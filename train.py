@@ -647,17 +647,17 @@ def sample_text(model, tokenizer, length, device):
 def report(run, stop, finished):
     """The last words of a run: what was reached, a sample, and what to type next. Returns the exit status."""
     out = run.options.out_dir
-    if stop.number is not None and not finished:
+    stopped = stop.number is not None and not finished
+    if stopped:
         run.save()
-        run.saver.wait()
-        if run.processes.first:
-            run.draw()
-        program = "python" if run.processes.world == 1 else "torchrun ..."
-        print(f"stopped after step {run.step} and saved; go on with: {program} train.py --out_dir {out} --resume")
-        return 128 + stop.number
     run.saver.wait()
     if run.processes.first:
         run.draw()
+    if stopped:
+        program = "python" if run.processes.world == 1 else "torchrun ..."
+        print(f"stopped after step {run.step} and saved; go on with: {program} train.py --out_dir {out} --resume")
+        return 128 + stop.number
+    if run.processes.first:
         Draft.from_tokens(run.data.train).save(out)  # sample.py is faster with it
     elif not run.learner.sharded:  # else its part of the weights is needed for the sample
         return 0
