@@ -8,6 +8,7 @@ if "OMP_WAIT_POLICY" not in os.environ:  # PyTorch's threads wait awake for some
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 # isort: split
+import gc
 import multiprocessing
 import signal
 import sys
@@ -38,6 +39,7 @@ program = os.path.abspath(getattr(sys.modules["__main__"], "__file__", None) or 
 if os.path.dirname(program) == HERE and multiprocessing.parent_process() is None:
     signal.signal(signal.SIGINT, leave)
     sys.excepthook = name_what_is_missing
+    gc.disable()  # until run_command: of all that loading PyTorch makes, next to nothing is garbage
 
 # isort: split
 import argparse
@@ -68,6 +70,8 @@ def run_command(main):
     """Run `main(argv)` as a program: a UserError becomes one line on stderr and exit status 2, Ctrl-C status 130."""
     if signal.getsignal(signal.SIGINT) is leave:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+    gc.freeze()  # what is loaded stays, so that it is not looked through again and again, nor at the end
+    gc.enable()
     open_streams()
     outlive_readers(sys.stderr)
     _watch(sys.stdout, _name_output)
