@@ -432,11 +432,15 @@ def possible_work(sizes, minutes, peak, device):
 
 
 def matmul_peak(device, dtype, size=None):
-    """The speed of a product of two size x size matrices in FLOP/s: the best of several, in about 0.3 s.
+    """The speed of a product of two size x size matrices in FLOP/s: the best of several, in some tenths of a second.
 
-    size: 2048, or for a CUDA GPU, which is done with those before the CPU has noticed, 8192.
+    size: 8192 for a CUDA GPU, which is done with smaller ones before the CPU has noticed. Else 1024, and where those
+    take less than 10 ms 2048, which many cores or fast ones need to be all busy.
     """
-    size = size or (8192 if device.type == "cuda" else 2048)
+    if size is None and device.type != "cuda":
+        peak = matmul_peak(device, dtype, 1024)
+        return peak if 2 * 1024**3 / peak > 0.01 else max(peak, matmul_peak(device, dtype, 2048))
+    size = size or 8192
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     (a @ b)[0, 0].item()  # the first one sets libraries up, which on a GPU may take longer than all others
     best, began = math.inf, time.perf_counter()
@@ -444,7 +448,7 @@ def matmul_peak(device, dtype, size=None):
         start = time.perf_counter()
         (a @ b)[0, 0].item()  # waits for the device
         best = min(best, time.perf_counter() - start)
-        if time.perf_counter() - began > 0.3:
+        if time.perf_counter() - began > 0.2:
             break
     return 2 * size**3 / best
 

@@ -213,6 +213,17 @@ def test_the_peak_is_the_work_of_a_product_over_the_time_of_the_fastest(monkeypa
     assert matmul_peak(CPU, dtype, size=8) == pytest.approx(2 * 8**3 / 0.05)
 
 
+@pytest.mark.parametrize("seconds, sizes", [(0.02, [1024]), (0.002, [1024, 2048])])
+def test_the_peak_is_measured_with_larger_matrices_where_the_products_of_smaller_ones_take_no_time(
+    monkeypatch, seconds, sizes
+):
+    made, clock = [], iter(seconds * i for i in range(1000))
+    monkeypatch.setattr(plan.time, "perf_counter", lambda: next(clock))
+    monkeypatch.setattr(plan.torch, "randn", lambda *size, **how: made.append(size) or torch.ones(2, 2))
+    assert matmul_peak(CPU, torch.float32) == pytest.approx(2 * sizes[-1] ** 3 / seconds)
+    assert made == [(size, size) for size in sizes for _ in range(2)]
+
+
 def test_with_minutes_the_whole_process_ends_in_time_with_the_settings_it_told_before_it_started(tmp_path):
     (tmp_path / "text.txt").write_text("the quick brown fox jumps over the lazy dog, and the dog sleeps on.\n" * 20)
     given = "--data text.txt --minutes 0.15 --device cpu --log_interval 20"
