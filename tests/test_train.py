@@ -775,13 +775,21 @@ NOT_GIVEN += ["max_iters", "eval_interval", "warmup_iters"]
 NEW_TEXT = "the dog jumps, and the fox jumps over the brown dog.\n" * 40  # the old text's characters
 
 
+@pytest.fixture
+def small_steps(monkeypatch):
+    """Fine-tuning whose steps have 2,048 tokens."""
+    monkeypatch.setattr(plan, "STEP_TOKENS", 2048)
+
+
 def val_losses(metrics):
     return {m["step"]: m["val_loss"] for m in metrics if "val_loss" in m}
 
 
 @pytest.mark.parametrize("arch", ARCHS)
 @pytest.mark.parametrize("block_size", [None, 4])
-def test_fine_tuning_starts_from_the_old_models_loss_and_lowers_it_on_the_new_text(run, capsys, arch, block_size):
+def test_fine_tuning_starts_from_the_old_models_loss_and_lowers_it_on_the_new_text(
+    run, small_steps, capsys, arch, block_size
+):
     run("old", arch=arch, max_iters=100, eval_interval=100)
     Path("text.txt").write_text(NEW_TEXT, encoding="utf-8")
     capsys.readouterr()
@@ -799,7 +807,7 @@ def test_fine_tuning_starts_from_the_old_models_loss_and_lowers_it_on_the_new_te
     assert plan.load_model("new")[0].config.block_size == (block_size or 8)
 
 
-def test_fine_tuning_has_its_own_defaults_which_are_told_and_what_is_given_counts(run, capsys):
+def test_fine_tuning_has_its_own_defaults_which_are_told_and_what_is_given_counts(run, small_steps, capsys):
     run("old", max_iters=1)
     capsys.readouterr()
     run("new", init_from="old", not_given=NOT_GIVEN)
