@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -409,6 +410,18 @@ def test_a_second_ctrl_c_leaves_at_once_without_a_word():
         run_command(main)"""
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=30)
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
+
+
+def test_a_command_looks_for_garbage_once_all_is_loaded_and_not_among_that(tmp_path):
+    """While PyTorch is loading (here: a stand-in of it) a command looks for none; another program goes on as it was."""
+    shutil.copy(utils.__file__, str(tmp_path))
+    (tmp_path / "torch.py").write_text("import gc\nlooks = gc.isenabled()\ndef __getattr__(name): return None\n")
+    program = "import utils, gc, torch\n"
+    program += "def main(argv): print(torch.looks, gc.isenabled(), gc.get_freeze_count() > 1000)\n"
+    (tmp_path / "command.py").write_text(f"{program}utils.run_command(main)\n")
+    for words, said in ((["command.py"], "False True True\n"), (["-c", f"{program}main([])"], "True True False\n")):
+        done = subprocess.run([sys.executable, *words], cwd=str(tmp_path), capture_output=True, text=True)
+        assert (done.stdout, done.stderr) == (said, ""), words
 
 
 def test_the_memory_is_that_of_the_container_where_it_has_less(tmp_path, monkeypatch):
