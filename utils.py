@@ -70,8 +70,9 @@ def run_command(main):
     """Run `main(argv)` as a program: a UserError becomes one line on stderr and exit status 2, Ctrl-C status 130."""
     if signal.getsignal(signal.SIGINT) is leave:
         signal.signal(signal.SIGINT, signal.default_int_handler)
-    gc.freeze()  # what is loaded stays, so that it is not looked through again and again, nor at the end
-    gc.enable()
+    if not gc.isenabled():  # what is loaded stays, so that it is not looked through again and again, nor at the end
+        gc.freeze()
+        gc.enable()
     open_streams()
     outlive_readers(sys.stderr)
     _watch(sys.stdout, _name_output)

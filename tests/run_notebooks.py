@@ -3,13 +3,14 @@
     python run_notebooks.py NOTEBOOK...     # prints a list, in JSON: of each, how many pictures it shows and its error
 
 They run in Jupyter's kernel, but without the messages between its processes, of which one was lost now and then: the
-kernel idle, the client waiting (ipykernel's issue 1554).
+kernel idle, the client waiting (as in ipykernel's issue 1554).
 """
 
 import json
 import multiprocessing
 import os
 import sys
+from concurrent.futures import ProcessPoolExecutor
 
 import ipywidgets  # noqa: F401
 import matplotlib.figure  # noqa: F401
@@ -19,8 +20,11 @@ from ipykernel.inprocess.manager import InProcessKernelManager
 
 
 def main(paths):
-    with multiprocessing.get_context("fork").Pool(1, maxtasksperchild=1) as pool:  # of our own modules none is loaded
-        print(json.dumps(pool.map(run, map(os.path.abspath, paths), chunksize=1)))
+    found = []
+    for path in map(os.path.abspath, paths):  # of our own modules none is loaded here
+        with ProcessPoolExecutor(1, multiprocessing.get_context("fork")) as pool:
+            found.append(pool.submit(run, path).result())
+    print(json.dumps(found))
 
 
 def run(path):
