@@ -373,6 +373,7 @@ SIZES = (
     (1e18, dict(n_layer=12, n_embd=768, n_head=12, block_size=512, batch_size=64, matrix_lr=0.02, learning_rate=0.004)),
 )
 SHARE = 0.4  # of that work a run really makes
+SMALL_SHARE = 0.26  # the same on a CPU of models with fewer than 192 channels, whose products are less of their time
 # A GPU is not kept busy by models as small as these. Measured on an H100, with recorded steps:
 GPU_START = 7  # seconds until the first step
 GPU_LAYER = 4e-4  # seconds that the operations of a layer take in a step, however little there is to do for each
@@ -383,10 +384,11 @@ def for_minutes(minutes, tokens, device, dtype, peak=None, arch="modern"):
     """The options for a run of that many minutes on a text of so many training tokens. Returns (options, why).
 
     The rule: measure the machine's matrix products, multiply by the time, take the largest of SIZES for which that is
-    enough. A run makes some 40 % of that work, which says how many tokens it will see. The more often it reads the
-    text, the sooner must a modern model's n-grams fade (ngram_decay), which know a text by heart soonest. It has none
-    from 32 times on, of a text of 90,000 tokens and more from 60 times on. From eight times on dropout keeps the rest
-    from it: 0.05 at eight times, and each time that doubles 0.05 more, or without n-grams 0.1 more, up to 0.5.
+    enough. A run makes some 40 % of that work, of small models 26 %, which says how many tokens it will see. The more
+    often it reads the text, the sooner must a modern model's n-grams fade (ngram_decay), which know a text by heart
+    soonest. It has none from 32 times on, of a text of 90,000 tokens and more from 60 times on. From eight times on
+    dropout keeps the rest from it: 0.05 at eight times, and each time that doubles 0.05 more, or without n-grams 0.1
+    more, up to 0.5.
     On a GPU a step takes longer than its products alone, and each size can do work of its own (possible_work).
     """
     peak = peak or matmul_peak(device, dtype)
@@ -396,7 +398,8 @@ def for_minutes(minutes, tokens, device, dtype, peak=None, arch="modern"):
             work, sizes = possible, dict(candidate)
     while sizes["block_size"] > 8 and sizes["block_size"] * 8 > tokens:  # a very short text
         sizes["block_size"] //= 2
-    epochs = SHARE * work / step_work(sizes, tokens=tokens)
+    share = SMALL_SHARE if device.type != "cuda" and sizes["n_embd"] < 192 else SHARE
+    epochs = share * work / step_work(sizes, tokens=tokens)
     sizes["dropout"], sizes["ngram_decay"] = 0.0, ngram_decay(epochs)
     ngrams = arch == "modern" and epochs < min(60, max(32, tokens / 1500))  # more often, it was measured to harm
     if not ngrams:

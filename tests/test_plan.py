@@ -117,6 +117,20 @@ def test_a_long_text_gets_the_block_size_of_its_model_and_a_short_one_a_smaller_
     ]
 
 
+def tokens_in(seconds, peak, sizes):
+    """At 40 % of the peak, 26 % below 192 channels, and 6 operations for each weight of the layers and each token."""
+    return (0.26 if sizes["n_embd"] < 192 else 0.4) * peak * seconds / (6 * 12 * weights(sizes))
+
+
+@pytest.mark.parametrize("minutes, channels", [(0.5, 64), (10, 192)])
+def test_large_models_are_expected_to_read_as_much_on_a_cpu_as_their_share_of_the_peak_allows(
+    choose, minutes, channels
+):
+    sizes, why = choose(minutes, 10**5, 1e11)
+    assert sizes["n_embd"] == channels
+    assert f"about {tokens_in(60 * minutes, 1e11, sizes) / 1e5:.1f} times the text" in why
+
+
 @pytest.mark.parametrize(
     "epochs, modern, gpt",
     [
@@ -130,9 +144,8 @@ def test_a_long_text_gets_the_block_size_of_its_model_and_a_short_one_a_smaller_
     ],
 )
 def test_dropout_begins_at_eight_times_the_text_and_grows_with_each_doubling_up_to_0_5(choose, epochs, modern, gpt):
-    """At 40 % of the peak and 6 operations for each weight of the layers and each token."""
     sizes, _ = choose(1, peak=1e11)
-    tokens_read = 0.4 * 1e11 * 60 / (6 * 12 * weights(sizes))
+    tokens_read = tokens_in(60, 1e11, sizes)
     sizes, why = choose(1, round(tokens_read / epochs), peak=1e11)
     assert sizes["dropout"] == modern and sizes.get("ngram", 5) == (5 if epochs < 32 else 1)
     assert choose(1, round(tokens_read / epochs), peak=1e11, arch="gpt")[0]["dropout"] == gpt
@@ -144,7 +157,7 @@ def test_n_grams_are_left_out_where_a_text_is_read_so_often_that_they_know_it_by
     found = set()
     for peak in (1.1**n for n in range(170, 450)):
         sizes, _ = choose(1, tokens, peak)
-        epochs = 0.4 * peak * 60 / (6 * 12 * weights(sizes) * tokens)
+        epochs = tokens_in(60, peak, sizes) / tokens
         if not 0.99 < epochs / most < 1.01:
             assert ("ngram" in sizes) == (epochs > most), epochs
             found.add(epochs > most)
@@ -154,7 +167,7 @@ def test_n_grams_are_left_out_where_a_text_is_read_so_often_that_they_know_it_by
 @pytest.mark.parametrize("epochs, decay", [(0.01, 1.0), (2, 1.0), (3, 1.6), (7.5, 5.2), (9, 6.4), (50, 16.0)])
 def test_the_more_often_a_text_is_read_the_sooner_its_n_grams_fade(choose, capsys, epochs, decay):
     sizes, _ = choose(1, peak=1e11)
-    tokens = round(0.4 * 1e11 * 60 / (6 * 12 * weights(sizes)) / epochs)
+    tokens = round(tokens_in(60, 1e11, sizes) / epochs)
     fixed = dict(arch="modern", max_iters=400, batch_size=4, gradient_accumulation_steps=2, block_size=32)
     for options in (dict(arch="modern", minutes=1), {**fixed, "minutes": None}):
         options = make_options(**options)
