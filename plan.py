@@ -373,7 +373,7 @@ SIZES = (
     (1e18, dict(n_layer=12, n_embd=768, n_head=12, block_size=512, batch_size=64, matrix_lr=0.02, learning_rate=0.004)),
 )
 SHARE = 0.4  # of that work a run really makes
-SMALL_SHARE = 0.26  # the same on a CPU of models with fewer than 192 channels, whose products are less of their time
+SMALL_SHARE = 0.26  # the same of models below 192 channels, but for a CUDA GPU: other things take more of their time
 # A GPU is not kept busy by models as small as these. Measured on an H100, with recorded steps:
 GPU_START = 7  # seconds until the first step
 GPU_LAYER = 4e-4  # seconds that the operations of a layer take in a step, however little there is to do for each
