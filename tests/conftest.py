@@ -1,7 +1,9 @@
 """What several test files share: no network, the same numbers on every run, a tiny model whose weights all matter."""
 
+import gc
 import os
 
+gc.disable()  # until all is imported, among which it would look for garbage in vain: 2 s less
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported; the commands that tests start inherit it
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
@@ -25,6 +27,11 @@ LONGEST_FIRST = ["test_cli", "test_notebooks", "test_train", "test_survival", "t
 
 def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: LONGEST_FIRST.index(item.path.stem) if item.path.stem in LONGEST_FIRST else 99)
+
+
+def pytest_collection_finish():
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(autouse=True)
