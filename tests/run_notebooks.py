@@ -16,9 +16,8 @@ import ipywidgets  # noqa: F401
 import matplotlib.figure  # noqa: F401
 import nbformat
 import torch  # noqa: F401
-from matplotlib.backend_bases import FigureCanvasBase
 from ipykernel.inprocess.manager import InProcessKernelManager
-
+from matplotlib.backend_bases import FigureCanvasBase
 
 draw = FigureCanvasBase.print_figure
 
