@@ -3,7 +3,7 @@
 import gc
 import os
 
-gc.disable()  # until all is imported, among which it would look for garbage in vain: 2 s less
+gc.disable()  # until all is imported, among which it would look for garbage in vain: 16 s become 9
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported; the commands that tests start inherit it
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
@@ -29,7 +29,9 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: LONGEST_FIRST.index(item.path.stem) if item.path.stem in LONGEST_FIRST else 99)
 
 
-def pytest_collection_finish():
+@pytest.hookimpl(hookwrapper=True)
+def pytest_collection():  # around the whole, so that it ends in the process that only hands tests to others, too
+    yield
     gc.freeze()
     gc.enable()
 
