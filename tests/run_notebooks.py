@@ -23,7 +23,8 @@ draw = FigureCanvasBase.print_figure
 
 
 def draw_fast(self, *args, dpi=None, bbox_inches=None, **kwargs):
-    """Draw a figure once, not once to find its edges and once more, and with few pixels."""
+    """Draw a figure once, not twice more to find the room that its parts and its edges need, and with few pixels."""
+    self.figure.set_layout_engine("none")
     return draw(self, *args, dpi=40, **kwargs)
 
 

@@ -2,7 +2,6 @@
 
 import math
 import os
-import subprocess
 import sys
 from collections import Counter
 
@@ -24,11 +23,6 @@ TEXT = "the miller kept the words, and the mayor kept the bet.\n" * 3
 def tokens_of(text):
     tokenizer = CharTokenizer.from_text(text)
     return tokenizer.encode(text), tokenizer.vocab_size
-
-
-def run(*args):
-    command = [sys.executable, os.path.join(ROOT, "bigram.py"), *map(str, args)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, encoding="utf-8")
 
 
 def test_counts_are_those_of_a_plain_count():
@@ -100,14 +94,15 @@ def test_picture_shows_the_table(tmp_path):
     figure.savefig(tmp_path / "table.png")
 
 
-def test_command(tmp_path):
-    result = run("--out", tmp_path / "table.png")
-    assert result.returncode == 0, result.stderr
-    assert result.stderr == ""
+def test_command(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    assert bigram.main(["--out", str(tmp_path / "table.png")]) == 0
+    out, err = capsys.readouterr()
+    assert err == ""
     data = load_data(os.path.join(ROOT, "input.txt"))
     loss = Bigram.from_tokens(data.train, data.tokenizer.vocab_size).val_loss(data.val)
-    assert f"val loss {loss:.4f} nats per token ({data.bits_per_byte(loss):.3f} bits per byte)" in result.stdout
-    difference = float(result.stdout.split("largest difference between their probabilities: ")[1].split()[0])
+    assert f"val loss {loss:.4f} nats per token ({data.bits_per_byte(loss):.3f} bits per byte)" in out
+    difference = float(out.split("largest difference between their probabilities: ")[1].split()[0])
     assert difference < 1e-4
     assert (tmp_path / "table.png").read_bytes().startswith(b"\x89PNG")
 
@@ -148,9 +143,3 @@ def test_errors_are_one_line(tmp_path, monkeypatch, capsys, content, flags, word
     assert stopped.value.code == 2
     assert error.startswith("bigram.py: error: ") and error.count("\n") == 1
     assert words in error
-
-
-def test_an_error_as_a_process():
-    result = run("--data", "no-such-file.txt")
-    assert result.returncode == 2
-    assert result.stderr.startswith("bigram.py: error: --data no-such-file.txt") and result.stderr.count("\n") == 1

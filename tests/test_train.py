@@ -5,13 +5,14 @@ person runs them in test_cli.py.
 """
 
 import functools
+import hashlib
 import json
 import math
 import os
 import re
 import shutil
 import signal
-import subprocess
+import socket
 import sys
 import time
 from dataclasses import fields
@@ -179,30 +180,35 @@ def test_a_run_stopped_in_an_evaluation_makes_that_first_when_it_goes_on(run, mo
         assert Path(out, "model.safetensors").read_bytes() == Path("unbroken/model.safetensors").read_bytes()
 
 
-BUSY = """
-import hashlib, train
-with train.StopSignal() as stop:
-    print("ready", flush=True)
-    hashlib.pbkdf2_hmac("sha256", b"", b"", {rounds})
-    print(stop.came, flush=True)
-"""
-
-
 def busy(rounds, *signals):
-    """(exit status, what it printed) of a process that gets these signals within one call of a C function."""
-    command = [sys.executable, "-c", BUSY.format(rounds=rounds)]
-    with subprocess.Popen(command, cwd=Path(train.__file__).parent, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout.readline() == "ready\n"
+    """(exit status, what it says) of a process that gets these signals within one call of a C function."""
+    ours, its = socket.socketpair()
+    process = os.fork()
+    if process == 0:
+        try:
+            with train.StopSignal() as stop:
+                its.send(b"ready")
+                hashlib.pbkdf2_hmac("sha256", b"", b"", rounds)
+                its.send(str(stop.came).encode())
+            os._exit(0)
+        finally:
+            os._exit(1)
+    its.close()
+    with ours:
+        ours.settimeout(60)
+        assert ours.recv(100) == b"ready"
         for number in signals:
             time.sleep(0.2)
-            process.send_signal(number)
-        return process.wait(60), process.stdout.read()
+            os.kill(process, number)
+        said = ours.recv(100)
+    _, status = os.waitpid(process, 0)
+    return status >> 8 if os.WIFEXITED(status) else -os.WTERMSIG(status), said.decode()
 
 
 @pytest.mark.skipif(os.name == "nt", reason="on Windows a process cannot be sent a Ctrl-C")
 @pytest.mark.parametrize("first", [signal.SIGINT, signal.SIGTERM])
 def test_the_second_signal_leaves_at_once_whatever_is_computed_and_the_first_waits_for_its_end(first):
-    assert busy(3_000_000, first) == (0, f"{int(first)}\n")
+    assert busy(3_000_000, first) == (0, f"{int(first)}")
     assert busy(2_000_000_000, first, signal.SIGINT) == (130, "")
 
 
@@ -210,9 +216,9 @@ def test_the_second_signal_leaves_at_once_whatever_is_computed_and_the_first_wai
 def test_a_closed_terminal_which_may_tell_so_twice_stops_a_run_as_ctrl_c_does_but_not_under_nohup():
     before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # a new process has it too; these tests may be under nohup
     try:
-        assert busy(4_000_000, signal.SIGHUP, signal.SIGHUP) == (0, f"{int(signal.SIGHUP)}\n")
+        assert busy(4_000_000, signal.SIGHUP, signal.SIGHUP) == (0, f"{int(signal.SIGHUP)}")
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
-        assert busy(3_000_000, signal.SIGHUP) == (0, "0\n")
+        assert busy(3_000_000, signal.SIGHUP) == (0, "0")
     finally:
         signal.signal(signal.SIGHUP, before)
 

@@ -2,7 +2,6 @@
 
 import math
 import os
-import subprocess
 import sys
 from collections import Counter
 
@@ -23,11 +22,6 @@ TEXT = "the miller kept the words, and the mayor kept the bet.\nthe thin thing t
 def tokens_of(text):
     tokenizer = CharTokenizer.from_text(text)
     return tokenizer.encode(text), tokenizer.vocab_size
-
-
-def run(*args):
-    command = [sys.executable, os.path.join(ROOT, "trigram.py"), *map(str, args)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, encoding="utf-8")
 
 
 @pytest.fixture(scope="module")
@@ -152,16 +146,17 @@ def test_too_many_characters():
         Trigram.from_tokens(torch.arange(301), 301)
 
 
-def test_command(tmp_path, merrow):
-    result = run("--out", tmp_path / "weights.png", "--max_new_tokens", 50)
-    assert result.returncode == 0, result.stderr
-    assert result.stderr == ""
+def test_command(tmp_path, merrow, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    assert trigram.main(["--out", str(tmp_path / "weights.png"), "--max_new_tokens", "50"]) == 0
+    out, err = capsys.readouterr()
+    assert err == ""
     V = merrow.tokenizer.vocab_size
     loss = Trigram.from_tokens(merrow.train, V).val_loss(merrow.val)
     bigram = Bigram.from_tokens(merrow.train, V).val_loss(merrow.val)
-    assert f"val loss {loss:.4f} nats per token ({merrow.bits_per_byte(loss):.3f} bits per byte)" in result.stdout
-    assert f"bigram:  val loss {bigram:.4f}" in result.stdout
-    assert len(result.stdout.split("a sample:\n")[1].split("\npicture:")[0]) == 50 + 1
+    assert f"val loss {loss:.4f} nats per token ({merrow.bits_per_byte(loss):.3f} bits per byte)" in out
+    assert f"bigram:  val loss {bigram:.4f}" in out
+    assert len(out.split("a sample:\n")[1].split("\npicture:")[0]) == 50 + 1
     assert (tmp_path / "weights.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -194,9 +189,3 @@ def test_errors_are_one_line(tmp_path, monkeypatch, capsys, content, flags, word
     assert stopped.value.code == 2
     assert error.startswith("trigram.py: error: ") and error.count("\n") == 1
     assert words in error
-
-
-def test_an_error_as_a_process():
-    result = run("--data", "no-such-file.txt")
-    assert result.returncode == 2
-    assert result.stderr.startswith("trigram.py: error: --data no-such-file.txt") and result.stderr.count("\n") == 1

@@ -341,6 +341,7 @@ def main(argv):
 
 utils.run_command(main)
 """
+STAND_IN = "def __getattr__(name): return None\n"  # of PyTorch, where nothing is computed and it need not be loaded
 FULL = "standard output: cannot be written (No space left on device); make room there, or send it elsewhere"
 
 
@@ -358,6 +359,7 @@ FULL = "standard output: cannot be written (No space left on device); make room 
 )
 def test_a_command_whose_streams_are_closed_or_full_has_no_traceback(tmp_path, how, status, out, err):
     (tmp_path / "talks.py").write_text(TALKS)
+    (tmp_path / "torch.py").write_text(STAND_IN)
     environment = {**os.environ, "PYTHONPATH": os.path.dirname(utils.__file__)}
     environment.pop("PYTHONUNBUFFERED", None)
     shell = ["bash", "-c", f'exec "$0" talks.py {how}', sys.executable]
@@ -391,8 +393,9 @@ def test_ctrl_c_while_a_command_is_starting_ends_it_without_a_word(tmp_path, scr
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGINT for one process")
-def test_a_second_ctrl_c_leaves_at_once_without_a_word():
+def test_a_second_ctrl_c_leaves_at_once_without_a_word(tmp_path):
     """The first one waits for a thread that computes; the thread itself sends both."""
+    (tmp_path / "torch.py").write_text(STAND_IN)
     program = """if True:
         import os, signal, sys, threading, time
         from utils import run_command
@@ -408,14 +411,16 @@ def test_a_second_ctrl_c_leaves_at_once_without_a_word():
             time.sleep(60)
 
         run_command(main)"""
-    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=30)
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=30)
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
 
 
 def test_a_command_looks_for_garbage_once_all_is_loaded_and_not_among_that(tmp_path):
     """While PyTorch is loading (here: a stand-in of it) a command looks for none; another program goes on as it was."""
     shutil.copy(utils.__file__, str(tmp_path))
-    (tmp_path / "torch.py").write_text("import gc\nlooks = gc.isenabled()\ndef __getattr__(name): return None\n")
+    (tmp_path / "torch.py").write_text(f"import gc\nlooks = gc.isenabled()\n{STAND_IN}")
     program = "import utils, gc, torch\n"
     program += "def main(argv): print(torch.looks, gc.isenabled(), gc.get_freeze_count() > 1000)\n"
     (tmp_path / "command.py").write_text(f"{program}utils.run_command(main)\n")

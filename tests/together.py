@@ -8,6 +8,7 @@ step, number], "error": [rank, step], or "nan": [rank, step] for its loss. The e
 RUNS.json.RANK.
 """
 
+import contextlib
 import json
 import os
 import signal
@@ -28,6 +29,9 @@ def main(argv):
 
 def start(path, processes):
     """Be torchrun, by fork. Returns the exit status."""
+    with contextlib.suppress(ImportError):  # what a sharded run imports: once, not in each process
+        import torch.distributed.checkpoint
+        import torch.distributed.fsdp  # noqa: F401
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
