@@ -185,6 +185,7 @@ def busy(rounds, *signals):
     ours, its = socket.socketpair()
     process = os.fork()
     if process == 0:
+        signal.alarm(90)  # whatever happens to this test, it does not go on for ever
         try:
             with train.StopSignal() as stop:
                 its.send(b"ready")
