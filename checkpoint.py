@@ -234,7 +234,8 @@ def load_model(path_or_name, block_size=None, dropout=None):
     if os.path.isdir(path_or_name):
         config, weights, tokenizer = _read_directory(path_or_name)
     elif os.path.isfile(path_or_name):
-        (config, weights), tokenizer = _read_nanogpt(path_or_name), None
+        config, weights = _read_nanogpt(path_or_name)
+        tokenizer = load_tokenizer(os.path.dirname(path_or_name) or ".")  # None, but for one that was put there
     elif path_or_name in HUB_NAMES:
         config, weights, tokenizer = _read_directory(find_on_hub(path_or_name))
     else:

@@ -94,7 +94,7 @@ def page_of(model, tokenizer, options, training=()):
         raise UserError(f"--out_dir {options.out_dir}: has no tokenizer; put the tokenizer.json of its run beside it")
     spec = tokenizer_spec(tokenizer, options.out_dir)
     prompt = first_prompt(tokenizer, options.prompt)
-    chosen = choose_format(model, options)
+    chosen = choose_format(model, options, spec)
     return build_page(model, spec, chosen, prompt, options.title, training), chosen
 
 
@@ -144,18 +144,18 @@ def packed(tensor, how):
     return b"".join(part.contiguous().numpy().tobytes() for part in parts)
 
 
-def page_bytes(model, how):
-    """About how long the page will be with these weights: base64 takes four bytes for three."""
+def page_bytes(model, how, spec=()):
+    """About how long the page will be with these weights: base64 takes four bytes for three. spec: tokenizer_spec's."""
     numbers = sum(
         (2 if how == "float16" else 1) * t.numel() + 4 * t.size(0) if t.dim() == 2 else 4 * t.numel()
         for t in page_tensors(model).values()
     )
-    return numbers * 4 // 3 + 500_000  # and half a megabyte for all that is not weights
+    return numbers * 4 // 3 + len(json_in_html(spec)) + 500_000  # and half a megabyte for all else
 
 
-def choose_format(model, options):
+def choose_format(model, options, spec=()):
     """float16 or int8, by size. Raises UserError where the page would be too large, or the weights do not fit in."""
-    size = {how: page_bytes(model, how) / 1e6 for how in ("float16", "int8")}
+    size = {how: page_bytes(model, how, spec) / 1e6 for how in ("float16", "int8")}
     fits16 = all(float(p.detach().abs().max()) < 65504 for p in model.parameters())
     how = options.weights
     if how == "auto":
@@ -226,7 +226,7 @@ def training_facts(out_dir):
     facts = []
     with suppress(UserError):  # there is no state, or it is damaged: the model is whole without it
         state = load_state(out_dir)
-        data, counters = os.path.basename(str(state["options"].get("data"))), state["counters"]
+        data, counters = os.path.basename(os.path.normpath(str(state["options"].get("data")))), state["counters"]
         facts.append(("trained on", f"{data}, {counters['tokens']:,} tokens in {counters['step']:,} steps"))
     path = os.path.join(out_dir, METRICS)
     if os.path.exists(path):
@@ -280,7 +280,7 @@ def build_page(model, spec, how, prompt="", title=None, training=()):
     }
     facts = model_facts(model, spec, how, len(weights) / 1e6) + list(training)
     data = {"header": header, "tokenizer": spec, "prompt": prompt, "facts": facts}
-    trained = next((f", trained on {value.split(',')[0]}" for name, value in training if name == "trained on"), "")
+    trained = next((f", trained on {value.rsplit(', ', 1)[0]}" for name, value in training if name == "trained on"), "")
     description = f"A language model with {million(model.num_params())} parameters in {c.n_layer} layers{trained}."
     template = source("page.html")
     words = {

@@ -148,6 +148,8 @@ def check(options, given):
     for name in ("interactive", "probs"):
         if getattr(options, name) and (options.num_beams > 1 or options.num_samples > 1):
             raise UserError(f"--{name}: shows one text; leave out --num_beams and --num_samples")
+    if options.stop == "":
+        raise UserError("--stop: is empty; give the text that ends a sample, or leave it out")
     if options.probs and options.stop:
         raise UserError("--probs: shows every token; leave out --stop")
     if options.quantize and options.dtype:
@@ -317,7 +319,7 @@ def interact(prompt, scribe):
         if not said:  # the end of the input
             return
         try:
-            new = scribe.tokenizer.encode(said.rstrip("\n")).tolist()
+            new = scribe.tokenizer.encode(said.rstrip("\r\n")).tolist()
         except UserError as error:
             print(f"sample.py: {error}", file=sys.stderr)
             new = []
@@ -368,7 +370,7 @@ def search(scribe, idx):
     with use_threads(scribe.threads):
         found = beam_search(scribe.model, idx, options.max_new_tokens, options.num_beams, **how)
     scribe.written, scribe.seconds = len(found[0].tokens), time.perf_counter() - start
-    texts = [whole_characters(tokenizer.decode(hypothesis.tokens)) for hypothesis in found]
+    texts = [whole_characters(tokenizer, tokenizer.decode(hypothesis.tokens)) for hypothesis in found]
     return [text.split(options.stop)[0] if options.stop else text for text in texts]
 
 
@@ -391,7 +393,7 @@ class TextWriter:
         if self.stop and self.stop in text[self.printed :]:
             self.stopped = True
             return self._up_to(text, text.index(self.stop, self.printed))
-        end = len(whole_characters(text))
+        end = len(whole_characters(self.tokenizer, text))
         if self.stop:
             held = (n for n in range(len(self.stop) - 1, 0, -1) if text[:end].endswith(self.stop[:n]))
             end -= next(held, 0)
@@ -403,7 +405,8 @@ class TextWriter:
 
     def rest(self):
         """What is still held back when no more tokens come."""
-        return "" if self.stopped else self._up_to(whole_characters(self.tokenizer.decode(self.ids)), None)
+        whole = whole_characters(self.tokenizer, self.tokenizer.decode(self.ids))
+        return "" if self.stopped else self._up_to(whole, None)
 
     def _up_to(self, text, end):
         piece = text[self.printed : end]

@@ -375,6 +375,6 @@ def prompt_tokens(tokenizer, prompt):
     return ids[None]
 
 
-def whole_characters(text):
-    """A decoded text without the half of a character that its last tokens may be."""
-    return text.rstrip("\ufffd")
+def whole_characters(tokenizer, text):
+    """A text that a tokenizer has decoded, without the half of a character that its last tokens may be."""
+    return text if isinstance(tokenizer, CharTokenizer) else text.rstrip("\ufffd")

@@ -641,7 +641,7 @@ def sample_text(model, tokenizer, length, device):
         if time.perf_counter() - start > SAMPLE_SECONDS and not is_sharded(model):  # its processes must go on together
             break
     model.train()
-    return whole_characters(tokenizer.decode(ids))
+    return whole_characters(tokenizer, tokenizer.decode(ids))
 
 
 def report(run, stop, finished):

@@ -210,6 +210,8 @@ def test_a_nanogpt_checkpoint(make_model, tmp_path, bias):
     read, tokenizer = load_model(str(tmp_path / "ckpt.pt"))
     assert_equal(model, read)
     assert tokenizer is None
+    save_tokenizer(str(tmp_path), CharTokenizer(LETTERS), 8)  # beside it, as sample.py asks for
+    assert load_model(str(tmp_path / "ckpt.pt"))[1].chars == list(LETTERS)
 
 
 def test_a_byte_pair_tokenizer_is_read_beside_the_weights(model, tmp_path):

@@ -712,6 +712,7 @@ BAD_SAMPLING = [
     ("--prompt_file latin1.txt", "--prompt_file latin1.txt: is not UTF-8"),
     ("--prompt_file .", "--prompt_file .: cannot be read"),
     ("--prompt x --prompt_file text.txt", "--prompt and --prompt_file: give one of the two"),
+    ("--stop=", "--stop: is empty; give the text that ends a sample, or leave it out"),
     ("--top_k -1", "--top_k: wants a whole number of at least 0, not '-1'"),
     ("--top_k 1.5", "--top_k"),
     ("--top_p 1.5", "--top_p 1.5: is a probability"),

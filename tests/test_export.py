@@ -963,6 +963,10 @@ def test_the_default_model_fits_in_16_mb_and_small_ones_stay_float16(make_model)
         huge.lm_head.weight[0, 0] = 1e5
     assert export.choose_format(huge, options) == "int8"  # float16 ends at 65504
     assert export.choose_format(small, export.ExportOptions(weights="int8")) == "int8"
+    words = {"kind": "bytes", "tokens": 100_000 * ["\u4e16\u754c"]}  # six bytes for each letter, and three more a word
+    assert export.page_bytes(small, "int8", words) - export.page_bytes(small, "int8") == pytest.approx(1.5e6, rel=0.01)
+    with pytest.raises(utils.UserError, match="more than --max_mb 2"):
+        export.choose_format(small, export.ExportOptions(max_mb=2), dict(words, tokens=2 * words["tokens"]))
 
 
 @pytest.fixture
@@ -1090,3 +1094,15 @@ def test_the_readmes_pictures_can_be_drawn_anew(command, run_directory, browser,
         signature = (tmp_path / name).read_bytes()[:12]
         assert signature[8:] == b"WEBP" if name.endswith("webp") else signature.startswith(b"\x89PNG"), name
         assert (ROOT / "docs" / name).stat().st_size < 200_000
+
+
+@pytest.mark.parametrize("data, name", [("texts/", "texts"), ("my, tales.txt", "my, tales.txt"), ("a/b.txt", "b.txt")])
+def test_the_page_names_the_text_it_was_trained_on(make_model, monkeypatch, tmp_path, data, name):
+    state = dict(options=dict(data=data), counters=dict(tokens=10_240, step=10))
+    monkeypatch.setattr(export, "load_state", lambda out_dir: state)
+    facts = export.training_facts(str(tmp_path))
+    assert facts == [("trained on", f"{name}, 10,240 tokens in 10 steps")]
+    page = export.build_page(
+        random_model(make_model, "gpt", 3), {"kind": "characters", "tokens": "abc"}, "int8", "", None, facts
+    )
+    assert f"layers, trained on {name}." in page

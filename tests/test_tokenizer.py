@@ -406,3 +406,10 @@ def test_a_text_that_ends_within_a_character_is_written_without_it():
 def test_bytes_that_are_no_text_do_not_hold_up_what_follows():
     writer = TextWriter(ByteTokenizer())
     assert [writer.add(byte) for byte in b"a\xffb"] == ["a", "", "\ufffdb"]
+
+
+def test_a_text_that_has_the_replacement_character_itself_keeps_it_at_its_end():
+    tokenizer = CharTokenizer.from_text("a\ufffd")
+    writer = TextWriter(tokenizer)
+    shown = [writer.add(token) for token in tokenizer.encode("a\ufffd\ufffd").tolist()]
+    assert shown == ["a", "\ufffd", "\ufffd"] and writer.rest() == ""
