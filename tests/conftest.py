@@ -42,6 +42,20 @@ def same_dice():
     torch.manual_seed(0)
 
 
+def forked(function, *args):
+    """Call a function in a child, which has loaded all that this process has. Returns the child's id; it ends with
+    status 0, after an error with 1."""
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            function(*args)
+            status = 0
+        finally:
+            os._exit(status)  # whatever happens, the child does not go on with the tests
+    return child
+
+
 class OnMeta(TorchDispatchMode):
     """Every tensor lies on PyTorch's "meta", where only shapes and types are computed: no CPU, in want of a GPU."""
 

@@ -13,6 +13,7 @@ import sys
 import pytest
 import tokenizers
 import torch
+from conftest import forked
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -689,13 +690,11 @@ def test_a_lock_names_its_owner_and_the_machine_where_that_is_another(tmp_path):
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no fork")
 @pytest.mark.parametrize("changes", [{}, dict(host="elsewhere"), dict(pid=1)], ids=str)
 def test_the_lock_of_an_owner_that_crashed_is_free_whatever_machine_and_process_it_names(tmp_path, changes):
-    owner = os.fork()
-    if owner == 0:
-        try:
-            Lock().take(str(tmp_path))
-            os.kill(os.getpid(), signal.SIGKILL)
-        finally:
-            os._exit(1)
+    def crash():
+        Lock().take(str(tmp_path))
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    owner = forked(crash)
     assert os.waitpid(owner, 0)[1] == signal.SIGKILL and lock_owner(str(tmp_path))["pid"] == owner
     edit_owner(tmp_path, **changes)
     with Lock() as lock:

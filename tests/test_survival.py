@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import forked
 
 import checkpoint
 import utils
@@ -207,18 +208,17 @@ def count_lines(function, *args):
 
 def kill_at_line(n, function, *args):
     """Call the function in a child that is killed before the n-th line of ours that it runs."""
-    child = os.fork()
-    if child == 0:
-        left = iter(range(n - 1))
+    left = iter(range(n - 1))
 
-        def kill():
-            if next(left, None) is None:
-                os.kill(os.getpid(), signal.SIGKILL)
+    def kill():
+        if next(left, None) is None:
+            os.kill(os.getpid(), signal.SIGKILL)
 
+    def call():
         sys.settrace(at_each_line(kill))
         function(*args)
-        os._exit(1)
-    assert os.waitpid(child, 0)[1] == signal.SIGKILL
+
+    assert os.waitpid(forked(call), 0)[1] == signal.SIGKILL
 
 
 def killed_saving(tmp_path, make_model, keep, most):

@@ -21,6 +21,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import forked
 
 import plan
 import sample
@@ -183,17 +184,15 @@ def test_a_run_stopped_in_an_evaluation_makes_that_first_when_it_goes_on(run, mo
 def busy(rounds, *signals):
     """(exit status, what it says) of a process that gets these signals within one call of a C function."""
     ours, its = socket.socketpair()
-    process = os.fork()
-    if process == 0:
+
+    def compute():
         signal.alarm(90)  # whatever happens to this test, it does not go on for ever
-        try:
-            with train.StopSignal() as stop:
-                its.send(b"ready")
-                hashlib.pbkdf2_hmac("sha256", b"", b"", rounds)
-                its.send(str(stop.came).encode())
-            os._exit(0)
-        finally:
-            os._exit(1)
+        with train.StopSignal() as stop:
+            its.send(b"ready")
+            hashlib.pbkdf2_hmac("sha256", b"", b"", rounds)
+            its.send(str(stop.came).encode())
+
+    process = forked(compute)
     its.close()
     with ours:
         ours.settimeout(60)
