@@ -362,12 +362,7 @@ def nanogpt_run(clone, data, seed):
     with tempfile.TemporaryDirectory() as folder:
         copy = os.path.join(folder, "nanogpt")
         shutil.copytree(clone, copy, ignore=shutil.ignore_patterns(".git"))
-        text_folder = os.path.join(copy, "data", "ours")
-        os.makedirs(text_folder)
-        for name, tokens in (("train", data.train), ("val", data.val)):  # what its prepare.py writes
-            tokens.numpy().astype("uint16").tofile(os.path.join(text_folder, f"{name}.bin"))
-        with open(os.path.join(text_folder, "meta.pkl"), "wb") as f:
-            pickle.dump(dict(vocab_size=data.tokenizer.vocab_size), f)
+        write_nanogpt_text(os.path.join(copy, "data", "ours"), data)
         flags = (
             "--device=cpu --compile=False --eval_iters=20 --log_interval=1 --block_size=64 --batch_size=12 --n_layer=4"
         )
@@ -376,6 +371,17 @@ def nanogpt_run(clone, data, seed):
         seconds = timed(command, cwd=copy, env=AS_PYTORCH_HAS_IT)
         model, _ = load_model(os.path.join(copy, "out-shakespeare-char", "ckpt.pt"))
         return dict(seconds=seconds, **losses_of(model, data))
+
+
+def write_nanogpt_text(folder, data):
+    """Write a text as nanoGPT's prepare.py does. Raises UserError where its two bytes a token are too few."""
+    if data.tokenizer.vocab_size > 2**16:
+        raise UserError(f"--nanogpt: knows no more than 65,536 tokens, the text has {data.tokenizer.vocab_size:,}")
+    os.makedirs(folder)
+    for name, tokens in (("train", data.train), ("val", data.val)):
+        tokens[:].numpy().astype("uint16").tofile(os.path.join(folder, f"{name}.bin"))
+    with open(os.path.join(folder, "meta.pkl"), "wb") as f:
+        pickle.dump(dict(vocab_size=data.tokenizer.vocab_size), f)
 
 
 def timed(command, cwd=None, env=None):

@@ -16,7 +16,7 @@ from typing import Optional
 import torch
 
 from bench_peers import check_json, dtype_of, finished, in_turns, measured, nanogpt_module, peers, synchronize
-from checkpoint import load_model
+from checkpoint import load_writer
 from draft import Draft
 from generate import (
     Reader,
@@ -66,7 +66,7 @@ def main(options):
         return 0
     check_json(options.json)
     device = pick_device(options.device)
-    model, _ = load_model(options.out_dir)  # a missing model is one line here, not one for each case
+    model, _ = load_writer(options.out_dir)  # a missing model is one line here, not one for each case
     others = peers(options)
     if others and not isinstance(model, GPT):
         raise UserError(f"--out_dir {options.out_dir}: peers have no model like it; give one made with --arch gpt")
@@ -139,7 +139,7 @@ def measure(options):
     if system not in (*(f"ours, {kind}" for kind in (*DTYPES, "int8")), "transformers", "nanogpt") or work not in WORKS:
         raise UserError(f"--case {options.case}: is none; give one that bench.py names while it measures")
     device = pick_device(options.device)
-    model, tokenizer = load_model(options.out_dir)
+    model, tokenizer = load_writer(options.out_dir)
     prompt = prompt_tokens(tokenizer, "").to(device)
     if work == "first":
         prompt = prompt.repeat(1, 200)[:, :200]

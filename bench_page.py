@@ -18,7 +18,7 @@ import torch
 
 import export
 from bench_peers import check_json
-from checkpoint import load_model
+from checkpoint import load_writer
 from model import GPT, GPTConfig
 from tokenizer import CharTokenizer
 from utils import UserError, option, write_json
@@ -76,7 +76,7 @@ def main(options):
 def write(path, options):
     """Write the page to measure. Returns the format of its weights."""
     if options.out_dir is not None:
-        model, tokenizer = load_model(options.out_dir)
+        model, tokenizer = load_writer(options.out_dir)
     else:
         torch.manual_seed(0)
         tokenizer = CharTokenizer([chr(32 + i) for i in range(65)])  # as many as in Tiny Shakespeare

@@ -275,6 +275,15 @@ def load_model(path_or_name, block_size=None, dropout=None):
     return model, tokenizer
 
 
+def load_writer(out_dir):
+    """load_model for a command that writes with the model of its --out_dir. Raises UserError without a tokenizer."""
+    model, tokenizer = load_model(out_dir)
+    tokenizer = tokenizer or gpt2_tokenizer(model)
+    if tokenizer is None:
+        raise UserError(f"--out_dir {out_dir}: has no tokenizer; put the tokenizer.json of its run beside it")
+    return model, tokenizer
+
+
 def _check_sizes(path, config, weights):
     """Raises UserError where weights are of no use, or of other sizes than their config: before a model of those sizes,
     which may be absurd, is made."""

@@ -5,7 +5,8 @@
     notes.txt               a UTF-8 text file, as it is (any name that does not end in one of the others)
     pages.jsonl             a JSON object in each line, of which a field is the text of a document
     pages.parquet           a table, of which a column is the same (needs pyarrow)
-    a directory, a glob     all .txt, .jsonl and .parquet files in it, in the order of their names
+    a directory, a glob     all .txt, .jsonl and .parquet files in it, in the order of their names, but for the
+                            metrics.jsonl of a run that train.py made there
     hf:NAME, hf:NAME:CONFIG a Hugging Face dataset, by name or the directory it lies in (needs datasets)
 
 The text of many documents is one after another, in order, with a line break between; empty ones are left out. Whatever
@@ -71,9 +72,16 @@ def find_files(source):
         return [source]
     else:
         found = sorted(path for path in glob.glob(source, recursive=True) if os.path.isfile(path))
+    found = [path for path in found if not _is_record(path)]
     if not found:
         raise UserError(f"{source}: holds no text; give a file, or where .txt, .jsonl or .parquet files are")
     return found
+
+
+def _is_record(path):
+    """Is this what a run has measured (checkpoint.py)? Its own out_dir may lie among the texts that it reads."""
+    directory, name = os.path.split(path)
+    return name == "metrics.jsonl" and os.path.exists(os.path.join(directory, "run.lock"))
 
 
 def size_of(source):

@@ -20,6 +20,7 @@ import utils  # first: Ctrl-C while PyTorch is loading is then no traceback  # n
 # isort: split
 import hashlib
 import math
+import os
 import shlex
 from dataclasses import dataclass
 from typing import Optional
@@ -28,7 +29,7 @@ import torch
 
 from corpus import in_splits, pieces, progress_bar, read, size_of
 from distributed import ALONE
-from shards import SHARD_TOKENS, is_prepared, open_prepared, prepare
+from shards import MANIFEST, SHARD_TOKENS, is_prepared, open_prepared, prepare
 from tokenizer import KINDS, OtherTokenizer, check_name, make_tokenizer, spread, tokenizer_hash
 from utils import UserError, argument, memory_of, option, parse_options, run_command
 
@@ -120,7 +121,10 @@ def load_data(source, tokenizer=None, field="text"):
         tokens[split] += tokenizer.encode(text).to(dtype).numpy().tobytes()
     train, val = (torch.frombuffer(raw, dtype=dtype) if raw else torch.empty(0) for raw in tokens.values())
     if len(train) < 2 or len(val) < 2:
-        raise UserError(f"--data {source}: has only {characters} character(s); a text needs at least 20 to train on")
+        raise UserError(
+            f"--data {source}: has only {characters} character(s), which make {len(train)} token(s) to train on and "
+            f"{len(val)} to validate; give a longer text, of which each has at least 2"
+        )
     return TextData(train, val, tokenizer, val_bytes, sha256.hexdigest()[:16])
 
 
@@ -332,17 +336,19 @@ def main(argv):
 def prepare_text(options):
     """Prepare as the options say. Returns the exit status."""
     o = options
+    if not o.out:
+        raise UserError("OUT: is empty; name a directory")
     try:
         prepare(o.source, o.out, o.tokenizer, o.field, o.processes, o.shard_tokens)
     except OSError as error:
-        raise UserError(
-            f"{o.out}: cannot be written ({error.strerror}); what is finished is kept, the same command goes on"
-        ) from None
+        begun = os.path.isfile(os.path.join(o.out, MANIFEST))
+        remedy = "what is finished is kept, the same command goes on" if begun else "name another directory"
+        raise UserError(f"{o.out}: cannot be written ({error.strerror}); {remedy}") from None
     except KeyboardInterrupt:
         print("stopped; what is finished is kept, the same command goes on")
         return 130
     describe(o.out)
-    print(f"train on it with: python train.py --data {o.out}")
+    print(f"train on it with: python train.py --data {shlex.quote(o.out)}")
     return 0
 
 

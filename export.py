@@ -28,7 +28,7 @@ from typing import Optional
 
 import torch
 
-from checkpoint import METRICS, gpt2_tokenizer, load_model, load_state, read_metrics
+from checkpoint import METRICS, load_state, load_writer, read_metrics
 from lighten import to_int8
 from model import GPT
 from modern import Modern
@@ -63,7 +63,7 @@ def main(argv):
 
 def write_page(options):
     """Export as the options say. Returns the exit status 0."""
-    page, chosen = page_of(*load_model(options.out_dir), options, training_facts(options.out_dir))
+    page, chosen = page_of(*load_writer(options.out_dir), options, training_facts(options.out_dir))
     page = page.encode(errors="replace")  # a file's name may have half a surrogate
     path = options.html or os.path.join(options.out_dir if os.path.isdir(options.out_dir) else "", "model.html")
 
@@ -87,11 +87,8 @@ def write_page(options):
 def page_of(model, tokenizer, options, training=()):
     """(the page of a model as text, the format of its weights), as the options say. training: training_facts'.
 
-    Raises UserError where there is no tokenizer or none that the page runs, and where the page would be too large.
+    Raises UserError where the page does not run such a tokenizer, and where it would be too large.
     """
-    tokenizer = tokenizer or gpt2_tokenizer(model)
-    if tokenizer is None:
-        raise UserError(f"--out_dir {options.out_dir}: has no tokenizer; put the tokenizer.json of its run beside it")
     spec = tokenizer_spec(tokenizer, options.out_dir)
     prompt = first_prompt(tokenizer, options.prompt)
     chosen = choose_format(model, options, spec)

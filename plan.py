@@ -19,9 +19,9 @@ from distributed import ALONE
 from graphs import record
 from model import GPT, GPTConfig
 from modern import Modern, ModernConfig
-from shards import MANIFEST
+from shards import MANIFEST, is_prepared
 from tokenizer import OtherTokenizer, UnknownCharacters, load_tokenizer, tokenizer_hash
-from utils import UserError, first_line, memory_of, same_dice
+from utils import UserError, first_line, memory_of, pick_dtype, same_dice
 
 # A modern model's defaults, where they are not those of TrainOptions.
 MODERN = dict(learning_rate=4e-3, min_lr=0.0, warmup_iters=20, weight_decay=0.0, beta1=0.8, beta2=0.95)
@@ -314,17 +314,19 @@ def begin_from(options, given, device, dtype, processes=1):
     return options, model, data
 
 
-def resume(options, given, processes=ALONE):
+def resume(options, given, device, processes=ALONE):
     """The settings, model and text of the run in out_dir. Returns (options, model, data, state).
 
     The first process reads the directory and tells the others, which may be on a machine that has no such directory.
     """
     state = processes.from_first(lambda: load_state(options.out_dir))
+    begun = replace(type(options)(), **state["options"])
     for name in sorted(given - MAY_CHANGE):
-        old, new = state["options"].get(name, getattr(type(options), name)), getattr(options, name)
-        if new != old:
+        old, new = came_to(name, begun, device), getattr(options, name)
+        if new != old and not (isinstance(old, float) and math.isclose(new, old)):
+            how = "without it" if old is None else f"with {old}"
             raise UserError(
-                f"--{name} {new}: this run began with {old}, and changing it would make it another run; "
+                f"--{name} {new}: this run began {how}, and changing it would make it another run; "
                 f"leave the flag out, or start anew in another --out_dir"
             )
     own = {"resume", "fresh", "out_dir"}  # of this start, given or not: a directory may have been moved
@@ -354,6 +356,18 @@ def resume(options, given, processes=ALONE):
     if data.fingerprint != state["fingerprint"]:
         raise UserError(f"--data {options.data}: is not the text this run began with; put that back to go on")
     return options, build_model(options, state["config"]["vocab_size"]), data, state
+
+
+def came_to(name, options, device):
+    """The value of an option in a run; of one that was left out, what it came to, or None where it had no value."""
+    value = getattr(options, name)
+    if value is None and name == "dtype":
+        return str(pick_dtype(None, device))[6:]
+    if value is None and name == "min_lr":
+        return options.learning_rate / 10
+    if value is None and name == "tokenizer" and options.init_from is None and not is_prepared(options.data):
+        return "chars"
+    return value
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -31,7 +31,7 @@ from typing import Optional
 
 import torch
 
-from checkpoint import gpt2_tokenizer, load_model
+from checkpoint import load_writer
 from draft import FILE as DRAFT
 from draft import Draft
 from generate import (
@@ -182,10 +182,7 @@ def sample(options, given):
     if options.quantize and device.type != "cpu":
         raise UserError(f"--quantize {options.quantize}: is made for the CPU, not {device.type}; use --dtype")
     prompt = read_prompt(options)
-    model, tokenizer = load_model(options.out_dir)
-    tokenizer = tokenizer or gpt2_tokenizer(model)
-    if tokenizer is None:
-        raise UserError(f"--out_dir {options.out_dir}: has no tokenizer; put the tokenizer.json of its run beside it")
+    model, tokenizer = load_writer(options.out_dir)
     if device.type == "cpu":
         lighten(model.eval(), options.quantize or options.dtype or usual_format(model))
     else:

@@ -22,6 +22,7 @@ import json
 import multiprocessing
 import os
 import shlex
+import signal
 import struct
 import threading
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
@@ -482,7 +483,8 @@ class _Encoders:
         waiting = collections.deque()
         try:
             for split, end, text in texts:
-                waiting.append((split, end, self.pool.submit(_encode_in_worker, text, itemsize)))
+                with _deaf():  # the first one starts the processes
+                    waiting.append((split, end, self.pool.submit(_encode_in_worker, text, itemsize)))
                 if len(waiting) > 2 * self.processes:
                     split, end, result = waiting.popleft()
                     yield split, end, result.result()
@@ -497,9 +499,25 @@ class _Encoders:
     def __enter__(self):
         return self
 
-    def __exit__(self, *_):
+    def __exit__(self, kind, error, traceback):
         if self.pool is not None:
+            if error is not None:  # nobody waits for what they are doing
+                for process in multiprocessing.active_children():
+                    process.terminate()
             self.pool.shutdown()
+
+
+@contextlib.contextmanager
+def _deaf():
+    """Ctrl-C does nothing meanwhile, and never anything to processes that are started in it: it is for their parent,
+    which ends them. Each of them would show where in the loading of PyTorch it was."""
+    heard = threading.current_thread() is threading.main_thread()  # no other thread may change it
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN) if heard else None
+    try:
+        yield
+    finally:
+        if heard:
+            signal.signal(signal.SIGINT, handler)
 
 
 def _encode(tokenizer, text, itemsize):
@@ -508,10 +526,8 @@ def _encode(tokenizer, text, itemsize):
 
 def _begin_worker(directory):
     """What a process does first: load the tokenizer, use one core, and end with its parent."""
-    import signal
-
     global _tokenizer
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends this process
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # as _deaf has it already, but on Windows
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     torch.set_num_threads(1)
     parent = multiprocessing.parent_process()

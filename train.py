@@ -22,6 +22,7 @@ import contextlib
 import json
 import math
 import os
+import shlex
 import signal
 import socket
 import sys
@@ -190,8 +191,9 @@ def errors_in_words(options):
         remedy = "lower --batch_size (--gradient_accumulation_steps makes up for it) or --block_size, or add "
         raise UserError(f"out of memory; {remedy}--gradient_checkpointing") from None
     except OSError as error:  # a full disk, say; what was saved before is whole
-        remedy = "make room there, then go on with --resume"
-        raise UserError(f"--out_dir {options.out_dir}: cannot be written ({error.strerror}); {remedy}") from None
+        remedy = "go on with --resume" if state_files(options.out_dir) else "start anew with --fresh"
+        problem = f"--out_dir {options.out_dir}: cannot be written ({error.strerror})"
+        raise UserError(f"{problem}; make room there, then {remedy}") from None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -482,7 +484,7 @@ def train_until(at_end, options, given, processes):
     processes.begin(device)
     torch.manual_seed(options.seed)
     if options.resume:
-        options, model, data, state = resume(options, given, processes)
+        options, model, data, state = resume(options, given, device, processes)
         dtype = pick_dtype(options.dtype, device)
     else:
         dtype = pick_dtype(options.dtype, device)
@@ -540,10 +542,17 @@ def train_until(at_end, options, given, processes):
         run.first_second = run.seconds
     if options.init_from is not None and run.step == 0 and run.best == math.inf:
         run.due = True  # what the old weights make of the text: to see the gain
+    [progress] = stop.agree(run.progress())
+    if options.resume and progress == 1 and not run.due:
+        if state["progress"] == 1:  # the clock had ended it
+            raise UserError(
+                f"--minutes {options.minutes:g}: the run has had {run.seconds / 60:.2f} min, and what is left is too "
+                f"short for a step and the end of a run; give more"
+            )
+        run.due = True  # it was stopped, and its start took what time was left
     pause = max(3.0, (60 * options.minutes) / 8, 25 * evaluation) if timed else None  # between evaluations
     last_seconds, last_tokens, last_evaluation = run.seconds, run.tokens, run.seconds
     skipped, _ = run.learner.skipped.tolist()
-    [progress] = stop.agree(run.progress())
     # Even where the time is over before the first step, a run makes one and ends with an evaluation.
     while stop.number is None and (progress < 1 or run.due or run.best == math.inf or run.step == 0):
         if run.due:
@@ -646,7 +655,7 @@ def sample_text(model, tokenizer, length, device):
 
 def report(run, stop, finished):
     """The last words of a run: what was reached, a sample, and what to type next. Returns the exit status."""
-    out = run.options.out_dir
+    out, named = run.options.out_dir, shlex.quote(run.options.out_dir)
     stopped = stop.number is not None and not finished
     if stopped:
         run.save()
@@ -655,7 +664,7 @@ def report(run, stop, finished):
         run.draw()
     if stopped:
         program = "python" if run.processes.world == 1 else "torchrun ..."
-        print(f"stopped after step {run.step} and saved; go on with: {program} train.py --out_dir {out} --resume")
+        print(f"stopped after step {run.step} and saved; go on with: {program} train.py --out_dir {named} --resume")
         return 128 + stop.number
     if run.processes.first:
         Draft.from_tokens(run.data.train).save(out)  # sample.py is faster with it
@@ -663,7 +672,7 @@ def report(run, stop, finished):
         return 0
     print(f"best val loss {run.best:.4f} nats per token ({run.data.bits_per_byte(run.best):.3f} bits per byte)")
     print(f"a sample:\n{sample_text(run.model, run.data.tokenizer, 400, run.device)}\n")
-    print(f"model: {out}/  loss curve: {out}/loss.png  write more: python sample.py --out_dir {out}")
+    print(f"model: {out}/  loss curve: {out}/loss.png  write more: python sample.py --out_dir {named}")
     return 0
 
 

@@ -2,7 +2,10 @@
 
 import json
 import os
+import pickle
+import shutil
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -18,7 +21,8 @@ from checkpoint import METRICS
 from data import load_data
 from generate import Reader
 from graphs import GraphReader
-from utils import parse_options
+from shards import prepare
+from utils import UserError, parse_options
 
 CPU = torch.device("cpu")
 
@@ -66,6 +70,14 @@ def test_what_cannot_be_measured_is_refused(command, args, words):  # noqa: F811
     assert_refused(command(bench, *args.split()), words)
 
 
+@pytest.mark.parametrize("which", ["generate", "page"])
+def test_a_model_that_has_no_tokenizer_is_refused(command, out_dir, which, tmp_path):  # noqa: F811
+    shutil.copytree(out_dir, str(tmp_path / "bare"))
+    (tmp_path / "bare" / "tokenizer.json").unlink()
+    words = "--out_dir bare: has no tokenizer; put the tokenizer.json of its run beside it"
+    assert_refused(command(bench, which, "--out_dir", "bare"), words)
+
+
 @pytest.mark.parametrize("which", [[], ["generate"], ["page"], ["quality"]])
 @pytest.mark.parametrize("path", ["nowhere/figures.json", "."])
 def test_a_json_that_cannot_be_written_is_refused_before_any_measuring(command, which, path, monkeypatch):  # noqa: F811
@@ -84,7 +96,7 @@ def test_the_try_to_write_leaves_what_is_there(tmp_path):
 def test_peers_are_not_measured_beside_a_modern_model(command, peer, monkeypatch):  # noqa: F811
     sizes = dict(block_size=8, n_layer=1, n_head=2, n_embd=16, dropout=0.0)
     model = plan.build_model(train.TrainOptions(arch="modern", **sizes), 11)
-    monkeypatch.setattr(bench_generate, "load_model", lambda path: (model, None))
+    monkeypatch.setattr(bench_generate, "load_writer", lambda path: (model, None))
     monkeypatch.setattr(bench_generate, "peers", lambda options: [peer])
     assert_refused(command(bench, "generate", "--peers"), "--arch gpt")
 
@@ -235,6 +247,21 @@ def test_bits_per_byte_are_counted_in_the_runs_own_tokens(command, out_dir, monk
     assert row["bits_per_byte"] == pytest.approx(row["val_loss"] / torch.tensor(2.0).log().item())
     assert f"{row['bits_per_byte']:.3f}" in result.out
     assert load_data(text).bits_per_byte(row["val_loss"]) < 0.95 * row["bits_per_byte"]
+
+
+def test_a_nanogpt_clone_gets_the_tokens_of_a_prepared_text(tmp_path):
+    text = str(tmp_path / "text.txt")
+    Path(text).write_text("the miller said\n" * 50, encoding="utf-8")
+    prepare(text, str(tmp_path / "tokens"), processes=1)
+    files = []
+    for source in (text, str(tmp_path / "tokens")):
+        bench.write_nanogpt_text(str(tmp_path / "ours"), load_data(source))
+        files.append({path.name: path.read_bytes() for path in (tmp_path / "ours").iterdir()})
+        shutil.rmtree(str(tmp_path / "ours"))
+    assert files[0] == files[1] and len(files[0]["train.bin"]) == 2 * 720 and len(files[0]["val.bin"]) == 2 * 80
+    assert pickle.loads(files[0]["meta.pkl"]) == {"vocab_size": 12}
+    with pytest.raises(UserError, match=r"--nanogpt: .* 65,536"):
+        bench.write_nanogpt_text(str(tmp_path / "many"), SimpleNamespace(tokenizer=SimpleNamespace(vocab_size=65537)))
 
 
 def test_cases_take_turns_and_each_figure_is_told_as_it_comes(capsys):

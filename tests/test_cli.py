@@ -363,6 +363,9 @@ def test_a_finished_run_goes_on_only_with_more_max_iters(command, own):
         (["--learning_rate", "1e-3"], "--learning_rate 0.001: this run began with 0.01"),
         (["--dropout", "0"], "--dropout 0.0: this run began with 0.2"),
         (["--seed", "1"], "--seed 1: this run began with 1337"),
+        (["--tokenizer", "bytes"], "--tokenizer bytes: this run began with chars"),
+        (["--min_lr", "0"], "--min_lr 0.0: this run began with 0.001"),
+        (["--init_from", "out"], "--init_from out: this run began without it"),
         (["--data", "other.txt"], "is not the text this run began with"),
         (["--data", "foreign.txt"], "--data foreign.txt: is not the text this run began with"),
         (["--data", "missing.txt"], "--data missing.txt: cannot be read"),
@@ -380,6 +383,8 @@ def test_resuming_as_another_run_is_refused_and_changes_nothing(command, own, tm
 
 def test_settings_repeated_on_resume_are_no_change(command, own):
     assert command(train, "--resume", *TINY, "--max_iters", STEPS + 1).status == 0
+    defaults = ["--tokenizer", "chars", "--min_lr", "1e-3"]  # what was left out, as it was filled in
+    assert command(train, "--resume", *defaults, "--max_iters", STEPS + 2).status == 0
 
 
 def test_a_run_broken_off_before_its_first_step_does_not_block_its_directory(command, own, tmp_path, monkeypatch):

@@ -13,8 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import corpus
+from checkpoint import METRICS, Lock
 from corpus import pieces, read
+from plan import make_directory
 from tokenizer import train_bpe
+from train import TrainOptions
 from utils import UserError
 
 DOCUMENTS = ["The miller said:\n  naïve", "東京 🙂", "", "the end\n"]
@@ -84,6 +87,19 @@ def test_a_directory_is_read_with_what_is_below_in_the_order_of_names(tmp_path):
     write(tmp_path / ".hidden" / "a.txt", "left out")
     assert text_of(tmp_path) == "a10\na2\na2'\nb\nc"
     assert text_of(tmp_path / "**" / "*.txt") == "a10\nb"
+
+
+def test_what_a_run_among_the_texts_has_measured_is_no_text(tmp_path):
+    write(tmp_path / "a.txt", "a")
+    with Lock() as lock:
+        make_directory(TrainOptions(out_dir=str(tmp_path / "out")), lock)
+        write(tmp_path / "out" / METRICS, '{"step": 1}\n')
+        for source in (tmp_path, tmp_path / "**" / "[am]*"):
+            assert text_of(source) == "a", source
+    refused(tmp_path / "out", "holds no text")
+    write(tmp_path / "other" / METRICS, jsonl(["b"]))  # of no run
+    assert text_of(tmp_path) == "a\nb"
+    refused(tmp_path / "out" / METRICS, "has no field 'text'")  # asked for by name
 
 
 def test_another_field_can_hold_the_text(tmp_path):

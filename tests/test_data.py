@@ -112,6 +112,12 @@ def test_a_text_too_short_to_split_is_refused(tmp_path, text):
         load_data(write(tmp_path / "a.txt", text))
 
 
+def test_a_text_too_short_in_byte_pairs_is_refused_with_its_tokens(tmp_path):
+    pairs = train_bpe(["abcd" * 100], 259)
+    with pytest.raises(UserError, match=r"40 character\(s\), which make 9 token\(s\) to train on and 1 to validate"):
+        load_data(write(tmp_path / "a.txt", "abcd" * 10), pairs)
+
+
 def test_a_text_larger_than_memory_is_refused_with_the_remedy(tmp_path, monkeypatch):
     path = write(tmp_path / "a.txt", TEXT * 10)
     monkeypatch.setattr(data_module, "memory_of", lambda device: 7 * len((TEXT * 10).encode()) - 1)

@@ -337,6 +337,19 @@ def test_a_flag_of_the_other_architecture_is_refused_where_the_architecture_is_c
         assert settings("arch", name, arch=arch).arch == arch
 
 
+def test_what_was_left_out_comes_to_its_default_on_the_device_and_for_the_text(monkeypatch, tmp_path):
+    options = make_options(learning_rate=3e-4, dtype=None)
+    assert plan.came_to("min_lr", options, CPU) == pytest.approx(3e-5)
+    assert plan.came_to("min_lr", dataclasses.replace(options, min_lr=0.0), CPU) == 0
+    for has, dtype in ((True, "bfloat16"), (False, "float32")):
+        monkeypatch.setattr("utils.has_bfloat16", lambda device, has=has: has)
+        assert plan.came_to("dtype", options, CPU) == dtype
+    assert plan.came_to("tokenizer", options, CPU) == "chars"
+    assert plan.came_to("tokenizer", dataclasses.replace(options, init_from="out"), CPU) is None
+    (tmp_path / plan.MANIFEST).touch()
+    assert plan.came_to("tokenizer", dataclasses.replace(options, data=str(tmp_path)), CPU) is None  # the text has one
+
+
 def test_fine_tuning_for_minutes_ends_by_the_clock():
     chosen, why = fine_tuning(10**6, minutes=3)
     assert chosen["max_iters"] == plan.STEPS_WITHOUT_END and chosen["min_lr"] == 0.0

@@ -7,6 +7,7 @@ import os
 import random
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -303,6 +304,25 @@ def test_kill_9_leaves_no_process_behind_and_the_same_command_goes_on(tmp_path):
     assert os.stat(tmp_path / "out" / "train-00000.bin").st_mtime_ns == before
     data = load_data(str(tmp_path / "out"))
     assert data.tokenizer.decode(data.val[:]) == (text * 5)[900_000:]
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_ctrl_c_while_its_processes_begin_ends_all_of_them_in_one_line(tmp_path):
+    (tmp_path / "text.txt").write_text(make_text(20_000), encoding="utf-8")
+    process = start("prepare", "text.txt", "out", "--processes", 2, cwd=tmp_path)
+    while len(family := [pid for pid in descendants(process.pid) if is_spawned(pid)]) < 2:
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.01)
+    time.sleep(0.5)  # they load PyTorch
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+    out, _ = process.communicate()
+    assert (process.returncode, out) == (130, b"stopped; what is finished is kept, the same command goes on\n")
+    assert not any(map(alive, family))
+
+
+def is_spawned(pid):
+    with contextlib.suppress(OSError):
+        return b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()
 
 
 def test_two_processes_do_not_prepare_one_directory(tmp_path, source):
@@ -622,7 +642,9 @@ def test_the_remedy_works_as_it_is_printed(command, tmp_path):  # noqa: F811
         ("prepare text.txt", "the following arguments are required: OUT"),
         ("prepare text.txt out stray", "stray: belongs to no flag; put quotes around a value with spaces or with a *"),
         ("prepare missing.txt out", "missing.txt: cannot be read (No such file"),
-        ("prepare text.txt text.txt", "text.txt: cannot be written (File exists)"),
+        ("prepare text.txt text.txt", "text.txt: cannot be written (File exists); name another directory"),
+        ("prepare text.txt text.txt/x", "text.txt/x: cannot be written (Not a directory); name another directory"),
+        ("prepare text.txt ''", "OUT: is empty; name a directory"),
         ("prepare text.txt out --tokenizer bpe:7", "--tokenizer bpe:7: wants bpe: and a number"),
         ("prepare text.txt out --processes 0", "--processes: wants a whole number of at least 1"),
         ("check missing", "missing: holds no prepared text (no prepared.json); name what data.py prepare wrote"),
@@ -631,7 +653,7 @@ def test_the_remedy_works_as_it_is_printed(command, tmp_path):  # noqa: F811
 )
 def test_bad_commands_are_refused(command, text, tmp_path, args, words):  # noqa: F811
     before = all_contents(tmp_path)
-    assert_refused(command(data, *args.split()), words)
+    assert_refused(command(data, *shlex.split(args)), words)
     assert all_contents(tmp_path) == before
 
 

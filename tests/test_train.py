@@ -676,6 +676,31 @@ def test_when_the_time_is_over_a_resumed_run_wants_more_and_goes_on_with_it(run,
     assert status == 0 and longer[: len(first)] == first and 176 <= longer[-1]["step"] <= 179
 
 
+def test_a_few_seconds_more_which_its_start_and_end_take_are_refused_and_change_nothing(run, clock):
+    first = run("out", **TIMED)[1]
+    before = {path.name: path.read_bytes() for path in Path("out").iterdir() if path.name != "run.lock"}
+    with pytest.raises(UserError, match=r"--minutes 2\.001: the run has had 1\.9\d min, and what is left is too short"):
+        run("out", **dict(TIMED, minutes=2.001), resume=True)
+    assert {path.name: path.read_bytes() for path in Path("out").iterdir() if path.name != "run.lock"} == before
+    assert train.read_metrics("out/metrics.jsonl") == first
+
+
+def test_a_stopped_run_whose_start_takes_the_time_that_was_left_ends_with_an_evaluation(run, clock, monkeypatch):
+    clock.ctrl_c = 110.0
+    assert run("out", **TIMED)[0] == 130
+    restore = train.Run.restore
+
+    def slow(self, state):
+        restore(self, state)
+        clock.now += 60.0
+
+    monkeypatch.setattr(train.Run, "restore", slow)
+    status, metrics = run("out", **TIMED, resume=True)
+    assert status == 0 and metrics[-1]["step"] == 110 and "val_loss" in metrics[-1]
+    with pytest.raises(UserError, match="has had its 2 minutes"):
+        run("out", **TIMED, resume=True)
+
+
 def test_steps_and_minutes_together_end_a_run_by_what_comes_first_and_more_of_that_lets_it_go_on(run, clock):
     settings = dict(TIMED, not_given=[])
     assert run("out", **settings, max_iters=20)[1][-1]["step"] == 20

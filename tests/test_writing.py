@@ -497,7 +497,7 @@ def out_dir(request, text_file, tmp_path_factory):
 
 @pytest.mark.parametrize("how", KINDS)
 def test_lighter_weights_move_the_val_loss_by_less_than_half_a_percent(out_dir, text_file, how):
-    model, tokenizer = sample.load_model(out_dir)
+    model, tokenizer = sample.load_writer(out_dir)
     data = load_data(text_file, tokenizer)
     before = validation_loss(model.eval(), data.val, 16)
     after = validation_loss(lighten(model, how), data.val, 16)
@@ -671,7 +671,7 @@ def test_a_turn_that_a_stop_string_ends_early_leaves_nothing_unwritten_in_the_ca
     ]
     result = command(sample, *arguments, *flags.split(), "--interactive", stdin=b"1 and 2 \n 6 said \n 9\n")
     assert result.status == 0, result.err
-    model, tokenizer = sample.load_model(out_dir)
+    model, tokenizer = sample.load_writer(out_dir)
     text, expected = [], ""
     for said in ("1 and 2 ", " 6 said ", " 9"):  # without a cache
         text, writer, shown = text + tokenizer.encode(said).tolist(), sample.TextWriter(tokenizer, "make"), ""
@@ -750,7 +750,7 @@ def test_guesses_that_cannot_be_made_are_refused_where_they_were_asked_for(comma
 @pytest.mark.parametrize("large", [1e30, 3e38])  # the weights are numbers, and what is computed with them is none
 def test_a_model_that_computes_no_numbers_is_one_line(command, out_dir, tmp_path, flags, large):  # noqa: F811
     shutil.copytree(out_dir, str(tmp_path / "run"))
-    model, tokenizer = sample.load_model(out_dir)
+    model, tokenizer = sample.load_writer(out_dir)
     with torch.no_grad():
         for name, p in model.named_parameters():
             if "c_fc" in name or "c_proj" in name:
