@@ -551,6 +551,7 @@ def test_attention_is_drawn_over_the_text(page, exported):
     def check(layer, head):
         weights = expected[layer, head]
         page.wait(f"state.head.layer === {layer} && state.head.head === {head}")
+        settle(page)  # the panels are asked for again when the maps come into view
         shades = page.evaluate("[...byId('looks').children].map(e => Number(e.style.getPropertyValue('--shade')))")
         assert shades == pytest.approx(((weights / weights.max()) ** 0.6).tolist(), abs=2e-3)
         assert page.evaluate("[byId('layer').value, byId('head').value]") == [str(layer), str(head)]
