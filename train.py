@@ -19,6 +19,7 @@ import utils  # first: it starts the clock and sets how PyTorch's threads wait  
 
 # isort: split
 import contextlib
+import importlib.util
 import json
 import math
 import os
@@ -34,7 +35,6 @@ from typing import Optional
 import torch
 from tqdm import tqdm
 
-import plots
 from budget import check_activations, check_flags, show
 from checkpoint import (
     METRICS,
@@ -424,6 +424,8 @@ class Run:
 
     def draw(self):
         """Draw the loss curve."""
+        import plots  # here, as matplotlib takes half a second to load: a run starts without it, others never need it
+
         start = self.seconds
         figure = plots.loss_curve(read_metrics(self.path))
         picture = os.path.join(self.options.out_dir, "loss.png")
@@ -471,6 +473,8 @@ def train(options, given, processes=ALONE):
     check_flags(options, given)
     if options.plan:
         return show(options, given)
+    if importlib.util.find_spec("matplotlib") is None:  # now, and not when the first picture is drawn
+        raise ModuleNotFoundError("No module named 'matplotlib'", name="matplotlib")
     with contextlib.ExitStack() as at_end:
         return train_until(at_end, options, given, processes)
 
@@ -620,8 +624,8 @@ def look_ahead(run, batches, given):
     evaluation = evaluation_seconds(token_seconds, replace(options, eval_iters=run.eval_iters), run.data)
     evaluation /= run.processes.world
     if options.minutes is not None:
-        # a picture, a sample and a draft take a second
-        run.reserved = min(1.5 + 1.3 * evaluation, 30 * options.minutes)
+        # a picture with the loading of matplotlib, a sample and a draft take 1.5 s
+        run.reserved = min(2.0 + 1.3 * evaluation, 30 * options.minutes)
         seconds = 60 * options.minutes - run.seconds
     else:
         seconds = token_seconds * x.numel() * (options.max_iters - run.step)

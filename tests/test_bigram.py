@@ -124,7 +124,7 @@ def test_seed_and_length_decide_the_sample(tmp_path, capsys):
     [
         (None, [], "cannot be read"),
         ("", [], "is empty"),
-        ("short", [], "at least 20"),
+        ("short", [], "give a longer text, of which each has at least 2"),
         (TEXT, ["--step", "3"], "did you mean --steps"),
         (TEXT, ["--steps", "-1"], "at least 0"),
         (TEXT, ["--out", "no/such/directory/p.png"], "--out"),

@@ -24,6 +24,7 @@ import torch
 from conftest import forked
 
 import plan
+import plots
 import sample
 import train
 from checkpoint import save_model
@@ -249,7 +250,7 @@ def test_the_loss_is_drawn_as_seldom_as_that_costs_5_percent_and_at_the_end(run,
         return SimpleNamespace(savefig=lambda path, **_: Path(path).touch())
 
     monkeypatch.setattr(train.Run, "draw", DRAW)
-    monkeypatch.setattr(train.plots, "loss_curve", picture)
+    monkeypatch.setattr(plots, "loss_curve", picture)
     run("out", max_iters=105, eval_interval=5)  # a step a second
     assert drawn == [step for step in (15, 60) if step < last] + [last]
 
@@ -676,18 +677,9 @@ def test_when_the_time_is_over_a_resumed_run_wants_more_and_goes_on_with_it(run,
     assert status == 0 and longer[: len(first)] == first and 176 <= longer[-1]["step"] <= 179
 
 
-def test_a_few_seconds_more_which_its_start_and_end_take_are_refused_and_change_nothing(run, clock):
-    first = run("out", **TIMED)[1]
-    before = {path.name: path.read_bytes() for path in Path("out").iterdir() if path.name != "run.lock"}
-    with pytest.raises(UserError, match=r"--minutes 2\.001: the run has had 1\.9\d min, and what is left is too short"):
-        run("out", **dict(TIMED, minutes=2.001), resume=True)
-    assert {path.name: path.read_bytes() for path in Path("out").iterdir() if path.name != "run.lock"} == before
-    assert train.read_metrics("out/metrics.jsonl") == first
-
-
-def test_a_stopped_run_whose_start_takes_the_time_that_was_left_ends_with_an_evaluation(run, clock, monkeypatch):
-    clock.ctrl_c = 110.0
-    assert run("out", **TIMED)[0] == 130
+@pytest.fixture
+def slow_start(clock, monkeypatch):
+    """A resumed run needs a minute until its first step."""
     restore = train.Run.restore
 
     def slow(self, state):
@@ -695,6 +687,20 @@ def test_a_stopped_run_whose_start_takes_the_time_that_was_left_ends_with_an_eva
         clock.now += 60.0
 
     monkeypatch.setattr(train.Run, "restore", slow)
+
+
+def test_a_minute_more_which_the_start_takes_is_refused_and_changes_nothing(run, clock, slow_start):
+    first = run("out", **TIMED)[1]
+    before = {path.name: path.read_bytes() for path in Path("out").iterdir() if path.name != "run.lock"}
+    with pytest.raises(UserError, match=r"--minutes 3: the run has had 2\.9\d min, and what is left is too short for"):
+        run("out", **dict(TIMED, minutes=3), resume=True)
+    assert {path.name: path.read_bytes() for path in Path("out").iterdir() if path.name != "run.lock"} == before
+    assert train.read_metrics("out/metrics.jsonl") == first
+
+
+def test_a_stopped_run_whose_start_takes_the_time_that_was_left_ends_with_an_evaluation(run, clock, slow_start):
+    clock.ctrl_c = 110.0
+    assert run("out", **TIMED)[0] == 130
     status, metrics = run("out", **TIMED, resume=True)
     assert status == 0 and metrics[-1]["step"] == 110 and "val_loss" in metrics[-1]
     with pytest.raises(UserError, match="has had its 2 minutes"):

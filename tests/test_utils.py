@@ -164,15 +164,13 @@ def test_a_bug_is_not_hidden(monkeypatch):
 
 
 def test_a_package_that_is_not_installed_is_one_line(tmp_path):
-    (tmp_path / "sitecustomize.py").write_text("import sys\nsys.modules['safetensors'] = None\n")
-    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
-    for program in ("train.py", "sample.py"):
+    for program, package in (("train.py", "matplotlib"), ("sample.py", "safetensors")):
+        (tmp_path / "sitecustomize.py").write_text(f"import sys\nsys.modules['{package}'] = None\n")
+        environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
         done = subprocess.run(
             [sys.executable, os.path.join(ROOT, program)], env=environment, capture_output=True, text=True, timeout=60
         )
-        line = (
-            f"{program}: error: the package 'safetensors' is missing; install all that is needed with: pip install -r"
-        )
+        line = f"{program}: error: the package '{package}' is missing; install all that is needed with: pip install -r"
         assert (done.returncode, done.stdout) == (2, "") and done.stderr.startswith(line), done.stderr
         assert done.stderr.count("\n") == 1
 
