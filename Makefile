@@ -21,5 +21,5 @@ NEW := $(if $(findstring --resume,$(ARGS)),,--fresh --minutes 3)
 .venv/bin/python:             ; $(PYTHON) -m venv .venv
 .venv/ready: requirements.txt | .venv/bin/python
 	$(BIN)/python -m pip install -q --disable-pip-version-check -r requirements.txt && touch $@
-.venv/ready-dev: requirements-dev.txt .venv/ready
-	$(BIN)/python -m pip install -q --disable-pip-version-check -r requirements-dev.txt && touch $@
+.venv/ready-dev: requirements-dev.txt requirements.txt | .venv/bin/python
+	$(BIN)/python -m pip install -q --disable-pip-version-check -r requirements-dev.txt && touch .venv/ready $@
