@@ -224,7 +224,8 @@ def training_facts(out_dir):
     with suppress(UserError):  # there is no state, or it is damaged: the model is whole without it
         state = load_state(out_dir)
         data, counters = os.path.basename(os.path.normpath(str(state["options"].get("data")))), state["counters"]
-        facts.append(("trained on", f"{data}, {counters['tokens']:,} tokens in {counters['step']:,} steps"))
+        facts.append(("trained on", data))
+        facts.append(("trained for", f"{counters['tokens']:,} tokens in {counters['step']:,} steps"))
     path = os.path.join(out_dir, METRICS)
     if os.path.exists(path):
         losses = [m["val_loss"] for m in read_metrics(path) if "val_loss" in m]
@@ -277,7 +278,7 @@ def build_page(model, spec, how, prompt="", title=None, training=()):
     }
     facts = model_facts(model, spec, how, len(weights) / 1e6) + list(training)
     data = {"header": header, "tokenizer": spec, "prompt": prompt, "facts": facts}
-    trained = next((f", trained on {value.rsplit(', ', 1)[0]}" for name, value in training if name == "trained on"), "")
+    trained = "".join(f", {name} {value}" for name, value in training if name == "trained on")
     description = f"A language model with {million(model.num_params())} parameters in {c.n_layer} layers{trained}."
     template = source("page.html")
     words = {

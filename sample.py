@@ -62,7 +62,7 @@ class SampleOptions:
     prompt_file: Optional[str] = option(None, "file with the text to continue; - for standard input")
     out_dir: str = option("out", "what train.py wrote, a GPT-2 directory, a nanoGPT ckpt.pt, or gpt2 ... gpt2-xl")
     max_new_tokens: int = option(500, "tokens to write; may exceed the model's block_size", at_least=0)
-    num_samples: int = option(1, "texts to write", at_least=1)
+    num_samples: int = option(1, "texts to write; of a beam search the best ones, each once", at_least=1)
     temperature: float = option(1.0, "below 1 more cautious, above 1 wilder, 0 always the likeliest token", at_least=0)
     top_k: Optional[int] = option(None, "draw from the k likeliest tokens; 0 or above the vocabulary: all", at_least=0)
     top_p: Optional[float] = option(
@@ -356,7 +356,7 @@ def explain(prompt, scribe):
 
 
 def search(scribe, idx):
-    """The texts of a beam search, best first."""
+    """The texts of a beam search, best first. Where two ways to cut a text into tokens were found, it comes once."""
     options, tokenizer, start = scribe.options, scribe.tokenizer, time.perf_counter()
 
     def is_end(ids):
@@ -368,7 +368,7 @@ def search(scribe, idx):
         found = beam_search(scribe.model, idx, options.max_new_tokens, options.num_beams, **how)
     scribe.written, scribe.seconds = len(found[0].tokens), time.perf_counter() - start
     texts = [whole_characters(tokenizer, tokenizer.decode(hypothesis.tokens)) for hypothesis in found]
-    return [text.split(options.stop)[0] if options.stop else text for text in texts]
+    return list(dict.fromkeys(text.split(options.stop)[0] if options.stop else text for text in texts))
 
 
 class TextWriter:

@@ -1102,7 +1102,7 @@ def test_the_page_names_the_text_it_was_trained_on(make_model, monkeypatch, tmp_
     state = dict(options=dict(data=data), counters=dict(tokens=10_240, step=10))
     monkeypatch.setattr(export, "load_state", lambda out_dir: state)
     facts = export.training_facts(str(tmp_path))
-    assert facts == [("trained on", f"{name}, 10,240 tokens in 10 steps")]
+    assert facts == [("trained on", name), ("trained for", "10,240 tokens in 10 steps")]
     page = export.build_page(
         random_model(make_model, "gpt", 3), {"kind": "characters", "tokens": "abc"}, "int8", "", None, facts
     )

@@ -28,6 +28,7 @@ from checkpoint import save_model
 from data import load_data, validation_loss
 from draft import ORDERS, Draft, hash_of, most_frequent
 from generate import (
+    Hypothesis,
     KVCache,
     Reader,
     Sampling,
@@ -43,7 +44,7 @@ from generate import (
 )
 from graphs import GraphReader, undrawn
 from lighten import has_float16, join_qkv, lighten, usual_format
-from tokenizer import CharTokenizer
+from tokenizer import CharTokenizer, train_bpe
 from utils import UserError
 
 needs_muon = pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="a modern model needs PyTorch 2.9's Muon")
@@ -744,6 +745,18 @@ def test_guesses_that_cannot_be_made_are_refused_where_they_were_asked_for(comma
     monkeypatch.setattr(sample, "pick_device", lambda _: torch.device("cuda"))
     refused = command(sample, "--out_dir", out_dir, "--guesses", 3)
     assert_refused(refused, "--guesses 3: guesses are made on a CPU, not on cuda; leave it out")
+
+
+@pytest.mark.parametrize("stop, texts", [(None, ["ab", "b", "abb"]), ("b", ["a", ""])])
+def test_a_text_that_a_beam_search_finds_in_two_ways_comes_once(monkeypatch, stop, texts):
+    """Cut into tokens in two ways, or alike up to --stop."""
+    tokenizer = train_bpe(["ab " * 50], 257)
+    [a], [b], [ab] = (tokenizer.encode(text).tolist() for text in ("a", "b", "ab"))
+    found = [Hypothesis(0.0, ids) for ids in ([a, b], [b], [ab], [ab, b])]
+    monkeypatch.setattr(sample, "beam_search", lambda *_, **__: found)
+    options = sample.SampleOptions(num_beams=4, stop=stop)
+    scribe = SimpleNamespace(options=options, tokenizer=tokenizer, model=Table(), threads=None)
+    assert sample.search(scribe, tokens(1, 3)) == texts
 
 
 @pytest.mark.parametrize("flags", ["", "--temperature 0", "--temperature 0 --guesses 0", "--num_beams 3", "--probs"])
