@@ -10,8 +10,9 @@ It reads in the order in which a run happens: the options, the loop, the report.
 plan.py, and one step in optim.py.
 
 Exercises:
-- Train for 200 steps with --learning_rate 1e-4, 1e-3 and 1e-1, each in an --out_dir of its own, and lay the three
-  pictures of the loss side by side. Which one is too small, and how does one see that the other is too large?
+- Train the small model of the README (4 layers of 128 channels) for 200 steps with --learning_rate 1e-4, 1e-3 and 1e-1,
+  each in an --out_dir of its own, and lay the three pictures of the loss side by side. Which one is too small, and how
+  does one see that the other is too large?
 - Stop a run with Ctrl-C and go on with --resume: does metrics.jsonl show where it stopped?
 """
 

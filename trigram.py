@@ -3,7 +3,7 @@
     python trigram.py                                # counts input.txt, fits the mix, writes a sample and a picture
 
 Two characters tell more about the next than one, but there are V times as many contexts, and most are rare: a pair that
-was seen three times says little of what comes next, one that was never seen nothing. So three voices are mixed,
+was seen once is not to be trusted alone, one that was never seen says nothing. So three voices are mixed,
 
     P(c after ab) = w1 * count(c) / N  +  w2 * count(bc) / count(b)  +  w3 * count(abc) / count(ab)
 
