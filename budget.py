@@ -23,6 +23,7 @@ from modern import Modern, ModernConfig
 from optim import Learner, has_copy, has_recording
 from plan import (
     begin_from,
+    check_checkpointing,
     check_windows,
     choose_settings,
     evaluation_seconds,
@@ -31,7 +32,17 @@ from plan import (
     seconds_per_token,
     settle,
 )
-from utils import STARTED, UserError, environment_number, memory_of, pick_device, pick_dtype, seconds_in_words
+from sharding import check_shard
+from utils import (
+    STARTED,
+    UserError,
+    environment_number,
+    first_line,
+    memory_of,
+    pick_device,
+    pick_dtype,
+    seconds_in_words,
+)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Where the run is planned for
@@ -106,12 +117,17 @@ def find_place(options, given):
         )
     if options.peak.lower() in GPUS:
         peak, dtype, memory = GPUS[options.peak.lower()]
+        if options.dtype not in (None, dtype):
+            raise UserError(
+                f"--dtype {options.dtype}: of --peak {options.peak} the speed in {dtype} is known; give its FLOP/s in "
+                f"{options.dtype} as --peak, such as 60e12"
+            )
     else:
         try:
             peak, dtype, memory = float(options.peak), "bfloat16", None
         except ValueError:
             peak = 0.0
-        if not 0 < peak < math.inf:
+        if not 1e6 <= peak <= 1e21:
             raise UserError(f"--peak {options.peak}: wants one of {', '.join(GPUS)}, or FLOP/s such as 312e12")
     dtype = options.dtype or dtype
     name = f"{options.peak} ({peak / 1e12:,.0f} TFLOP/s, {dtype})"
@@ -124,8 +140,14 @@ def find_place(options, given):
 
 def empty_model(config):
     """A model that has shapes but no numbers, and takes no memory."""
-    with torch.device("meta"):
-        return Modern(config) if isinstance(config, ModernConfig) else GPT(config)
+    try:
+        with torch.device("meta"):
+            return Modern(config) if isinstance(config, ModernConfig) else GPT(config)
+    except RuntimeError as error:  # more bytes than 64 bits can count
+        raise UserError(
+            f"--n_embd {config.n_embd} and {config.vocab_size} tokens: no memory is as large as that model; lower them "
+            f"({first_line(error)[:60]})"
+        ) from None
 
 
 def parameters(model):
@@ -175,7 +197,8 @@ def layer_bytes(config, place):
     with the stream in float32 under autocast. A modern model keeps the token before (1), turned queries and keys (2)
     and a copy of attention's result (1) as well; under autocast it norms queries and keys in float32 (2).
 
-    Fused attention keeps no scores. Written out (model.attention) it keeps the softmax and, with dropout, two more.
+    Fused attention keeps no scores. Written out (model.attention) it keeps the softmax and, with dropout, two more; so
+    it does on a CPU with dropout in any case, of which PyTorch's own has no other form.
     """
     C, item, dropped = config.n_embd, place.item, config.dropout > 0
     if isinstance(config, ModernConfig):
@@ -184,7 +207,7 @@ def layer_bytes(config, place):
         channel = 14 * item + 2 * place.stream
     channel += 2 * place.mask if dropped else 0
     scores = 0
-    on_cpu = place.device.type == "cpu" and (item == 2 or dropped) and config.block_size <= 1024
+    on_cpu = place.device.type == "cpu" and (dropped or (item == 2 and config.block_size <= 1024))
     if on_cpu or place.device.type == "mps":
         scores = config.n_head * config.block_size * item * (3 if dropped else 1)
     return C * channel + scores
@@ -335,9 +358,10 @@ def step_seconds(config, options, place, data):
     return token_seconds * x.numel() + max(0.0, update), evaluation_seconds(token_seconds, options, data)
 
 
-def files(model, shard=False):
-    """The large files that a run leaves in out_dir: [(name, bytes, remark)]."""
+def files(model, keep, shard=False):
+    """The large files that a run leaves in out_dir: [(name, bytes, remark)]. keep: how many states."""
     weights, means = weight_bytes(model)
+    earlier = f"{keep - 1} before it, of --keep {keep}: one more while saving"
     return [
         ("model.safetensors", weights, "the best weights"),
         (
@@ -345,6 +369,7 @@ def files(model, shard=False):
             weights + means,
             "the newest weights and the optimizer's means, for --resume",
         ),
+        ("state-STEP.dcp/" if shard else "state-STEP.pt", (keep - 1) * (weights + means), earlier),
     ]
 
 
@@ -382,6 +407,8 @@ def show(options, given):
         options, data = settle(options, given, place.device, place.dtype, peak, place.processes)
         config = make_config(options, data.tokenizer.vocab_size)
     check_windows(options, place.processes)
+    check_shard(options, given, place.dtype, place.processes)
+    check_checkpointing(options, place.device)
     model = empty_model(config)
     print("A plan: nothing is trained, and nothing written.")
     shape = f"{config.n_layer} layers, {config.n_head} heads, {config.n_embd} channels, context {config.block_size}"
@@ -390,7 +417,7 @@ def show(options, given):
     fits = print_memory(place, *memory(model, options, place, data))
     print_time(model, options, place, data, fits)
     print(f"files in {options.out_dir}/")
-    for name, size, remark in files(model, place.shard):
+    for name, size, remark in files(model, options.keep, place.shard):
         print_row(name, in_words(size), remark)
     return 0
 

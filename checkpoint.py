@@ -395,7 +395,9 @@ def _read_nanogpt(path):
     """(GPTConfig, weights) of a checkpoint that nanoGPT's train.py saved."""
     saved = _load_torch(path)
     if not isinstance(saved, dict) or not {"model", "model_args"} <= set(saved):
-        raise UserError(f"{path}: is no nanoGPT checkpoint (it has no 'model' and 'model_args')")
+        directory = os.path.dirname(path) or "."
+        remedy = f"; name its directory, {directory}" if os.path.exists(os.path.join(directory, "config.json")) else ""
+        raise UserError(f"{path}: is no nanoGPT checkpoint (it has no 'model' and 'model_args'){remedy}")
     try:
         config = GPTConfig(**saved["model_args"])
     except (TypeError, ValueError) as error:

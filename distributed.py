@@ -193,11 +193,20 @@ def job():
             reason = first_line(error)
             reason = re.sub(r"^\[[^]]*\] ", "", reason)[:100]  # gloo begins with its own place
             raise UserError(
-                f"another process of this run has ended, or cannot be reached ({reason}); go on with --resume"
+                f"another process of this run has ended, or cannot be reached ({reason}); go on with --resume, or "
+                f"with --fresh where nothing was saved yet"
             ) from None
         if isinstance(error, UserError) and not processes.first:
             raise UserError(f"process {processes.rank} on {socket.gethostname()}: {error}") from None
         raise
+
+
+def launcher(world):
+    """What starts so many processes again, as it is typed before the name of the program."""
+    if world == 1:
+        return "python"
+    on_this_machine = environment_number("LOCAL_WORLD_SIZE", 0) == world
+    return f"torchrun --standalone --nproc_per_node {world}" if on_this_machine else "torchrun ..."
 
 
 def check_environment(world):

@@ -100,12 +100,12 @@ def attention(q, k, v, dropout=0.0, mask=None):
     place of the causal mask, (T, S) or (B, 1, T, S), -inf where one may not look; generate.py's cache makes it.
 
     PyTorch's fused kernel computes it without keeping the (T, S) scores (Dao et al. 2022, FlashAttention). The formula
-    written out is faster in one case: training on a CPU, in bfloat16 or with dropout, up to 1024 positions. The two
-    agree to rounding. On an Apple GPU, whose fused kernels keep the scores too and were wrong in several versions
-    (PyTorch's issues 163597, 174861, 195910), it is always written out.
+    written out is faster where a CPU trains with dropout, for which PyTorch has no fused kernel there, and in bfloat16
+    up to 1024 positions. The two agree to rounding. On an Apple GPU, whose fused kernels keep the scores too and were
+    wrong in several versions (PyTorch's issues 163597, 174861, 195910), it is always written out.
     """
     T, S = q.size(2), k.size(2)
-    written_out_is_faster = q.device.type == "cpu" and (q.dtype == torch.bfloat16 or dropout > 0) and T <= 1024
+    written_out_is_faster = q.device.type == "cpu" and (dropout > 0 or (q.dtype == torch.bfloat16 and T <= 1024))
     if q.device.type == "mps" or (T == S and q.requires_grad and written_out_is_faster):
         return attention_written_out(q, k, v, dropout, mask)
     if T == S and mask is None:

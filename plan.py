@@ -8,6 +8,7 @@ import functools
 import itertools
 import math
 import os
+import shlex
 import time
 from dataclasses import asdict, replace
 
@@ -149,6 +150,11 @@ def choose_settings(options, given, tokens, device, dtype, peak=None, processes=
         chosen["batch_size"] = math.ceil(chosen["batch_size"] / processes) * processes
     chosen = {name: value for name, value in chosen.items() if name not in given}
     options = replace(options, **chosen)
+    if options.min_lr is not None and options.min_lr > options.learning_rate:
+        raise UserError(
+            f"--min_lr {options.min_lr:g}: is where the learning rate ends, and above --learning_rate "
+            f"{options.learning_rate:g}, its highest; lower it"
+        )
     for name in ("ngram_rows", "ngram_decay"):
         if name in given and options.ngram == 1:
             value = getattr(options, name)
@@ -283,7 +289,10 @@ def begin_from(options, given, device, dtype, processes=1):
         raise UserError(f"--tokenizer {options.tokenizer}: the model has its own; leave the flag out")
     block_size = options.block_size if "block_size" in given else None
     dropout = options.dropout if "dropout" in given else FINE_TUNING["dropout"]
-    model, tokenizer = load_model(options.init_from, block_size, dropout)
+    try:
+        model, tokenizer = load_model(options.init_from, block_size, dropout)
+    except UserError as error:
+        raise error if str(error).startswith("--") else UserError(f"--init_from {error}") from None
     found = dict(asdict(model.config), arch="modern" if isinstance(model, Modern) else "gpt")
     for name in ("arch", "block_size", "n_layer", "n_head", "n_embd", "ngram", "ngram_rows", "bias"):
         wanted = getattr(options, name)
@@ -490,6 +499,7 @@ def seconds_per_token(learner, x, y):
     with same_dice(learner.device):
         for _ in range(3):  # the first runs warm up
             seconds = seconds_of(lambda: a_pass()[0])
+            _, seconds = learner.processes.agree(seconds)  # a pass needs all processes: none may stop alone
             if seconds > SLOW_PASS and learner.device.type == "cpu":  # then it matters little
                 break
         if learner.records:
@@ -524,16 +534,20 @@ def evaluation_batches(options, token_seconds, processes=1):
     return min(options.eval_iters, max(int(fitting), math.ceil(EVALUATION_TOKENS / batch)))
 
 
-def smaller_setting(options):
-    """The setting to try where the chosen one takes too long: flags, and its work as a share of the chosen one's."""
+def smaller_setting(options, given=()):
+    """The setting to try where the chosen one takes too long: flags, and its work as a share of the chosen one's.
+
+    The flags are those that were given, with smaller sizes, in place of the run that has begun.
+    """
     small = dict(n_layer=4, n_head=4, n_embd=128, block_size=128, batch_size=16, max_iters=2000)
 
     def work(o):
         updates = o["max_iters"] * o["batch_size"] * o.get("gradient_accumulation_steps", 1) * o["block_size"]
         return updates * o["n_layer"] * o["n_embd"] ** 2
 
-    flags = " ".join(f"--{name} {value}" for name, value in small.items())
-    return flags, work(small) / work(asdict(options))
+    kept = {name: getattr(options, name) for name in sorted(set(given) - set(small) - {"fresh", "resume"})}
+    flags = " ".join(f"--{name} {shlex.quote(str(value))}" for name, value in {**kept, **small}.items())
+    return f"{flags} --fresh", work(small) / work(asdict(options))
 
 
 def maybe_compile(learner, x, y, forced, seconds):

@@ -24,10 +24,12 @@ from utils import UserError
 # The model
 
 
-def check_shard(options, dtype):
-    """Raises UserError where --shard cannot work."""
+def check_shard(options, given, dtype, processes):
+    """Raises UserError where --shard cannot work, or would do nothing. A resumed run may go on in one process."""
     if not options.shard:
         return
+    if processes == 1 and "shard" in given and not options.resume:
+        raise UserError("--shard: spreads a model over several processes; start them with torchrun, or leave it out")
     try:
         from torch.distributed.fsdp import fully_shard  # noqa: F401
     except ImportError:

@@ -53,7 +53,7 @@ from checkpoint import (
     write_model,
 )
 from data import validation_loss
-from distributed import ALONE, job
+from distributed import ALONE, job, launcher
 from draft import Draft
 from generate import generate
 from modern import LONGEST
@@ -495,7 +495,7 @@ def train_until(at_end, options, given, processes):
         dtype = pick_dtype(options.dtype, device)
         options, model, data = begin(options, given, device, dtype, processes)
     check_windows(options, processes.world)
-    check_shard(options, dtype)
+    check_shard(options, given, dtype, processes.world)
     check_checkpointing(options, device)
     check_activations(options, model.config, device, dtype, processes.world)
     batches = data.batches(options.batch_size * options.gradient_accumulation_steps, options.block_size, options.seed)
@@ -632,8 +632,9 @@ def look_ahead(run, batches, given):
         seconds = token_seconds * x.numel() * (options.max_iters - run.step)
         if seconds > 3600:
             print(f"This run will take about {seconds_in_words(seconds)} on this machine.")
-            flags, share = smaller_setting(options)
-            if share < 1 and options.init_from is None:  # else the size is that of the weights
+            flags, share = smaller_setting(options, given)
+            new = options.init_from is None and not options.resume  # else the size is that of the weights
+            if share < 1 and new and run.processes.world == 1:
                 print(f"A smaller one, about {seconds_in_words(seconds * share)}: python train.py {flags}")
     compile, forced = options.compile, "compile" in given
     if run.compiled is not None and not forced:
@@ -668,7 +669,7 @@ def report(run, stop, finished):
     if run.processes.first:
         run.draw()
     if stopped:
-        program = "python" if run.processes.world == 1 else "torchrun ..."
+        program = launcher(run.processes.world)
         print(f"stopped after step {run.step} and saved; go on with: {program} train.py --out_dir {named} --resume")
         return 128 + stop.number
     if run.processes.first:

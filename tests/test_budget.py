@@ -133,7 +133,11 @@ def planned(config, place, rows, checkpointing=False):
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("arch", ARCHS)
-@pytest.mark.parametrize("more", [{}, dict(n_layer=5), dict(block_size=64, n_embd=128, n_head=8)], ids=str)
+@pytest.mark.parametrize(
+    "more",
+    [{}, dict(n_layer=5), dict(block_size=64, n_embd=128, n_head=8), dict(block_size=1040, n_layer=1)],
+    ids=str,
+)
 def test_what_a_cpu_keeps_for_the_backward_pass_is_what_is_planned(arch, dtype, dropout, more):
     config = make_config(arch, dropout=dropout, **more)
     model = make_model(config).to(dtype).train()
@@ -233,8 +237,9 @@ def test_weights_and_optimizers_take_what_is_planned_and_the_files_hold_them(arc
     means = [t for o in learner.optimizers for memory in o.state.values() for t in memory.values() if t.dim() > 0]
     weights, optimizer = budget.weight_bytes(budget.empty_model(config))
     assert weights == sum(p.nbytes for p in learner.weights) and optimizer == sum(t.nbytes for t in means)
-    sizes = {name: size for name, size, _ in budget.files(budget.empty_model(config))}
-    assert sizes == {"model.safetensors": weights, "state.pt": weights + optimizer}
+    sizes = {name: size for name, size, _ in budget.files(budget.empty_model(config), 3)}
+    state = weights + optimizer
+    assert sizes == {"model.safetensors": weights, "state.pt": state, "state-STEP.pt": 2 * state}
 
 
 @pytest.mark.parametrize("arch", ARCHS)
@@ -448,6 +453,14 @@ def test_a_plan_of_fine_tuning_has_the_sizes_of_the_weights(plan):
         ("--plan --peak -1", "--peak -1: wants one of"),
         ("--plan --peak nan", "--peak nan: wants one of"),
         ("--plan --peak inf", "--peak inf: wants one of"),
+        ("--plan --peak 1e300", "--peak 1e300: wants one of"),
+        ("--plan --peak h100 --dtype float32", "--dtype float32: of --peak h100 the speed in bfloat16 is known; give"),
+        (
+            "--plan --peak h100 --vocab_size 9 --n_embd 2000000000 --n_head 1",
+            "--n_embd 2000000000 and 9 tokens: no mem",
+        ),
+        ("--plan --peak h100 --vocab_size 9 --shard", "--shard: spreads a model over several processes; start them"),
+        ("--plan --peak t4 --vocab_size 9 --shard --processes 8", "--shard: needs --dtype bfloat16 or float32, not"),
         ("--plan --peak h100 --device cpu", "--device cpu and --peak h100"),
         ("--plan --peak h100 --vocab_size 9 --data text.txt", "--vocab_size 9 and --data text.txt"),
         ("--plan --peak h100 --vocab_size 9 --minutes 3", "--vocab_size 9 and --minutes 3.0"),

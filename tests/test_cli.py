@@ -707,8 +707,17 @@ BAD_TRAINING = [
     ("--matrix_lr 0.02", "--matrix_lr 0.02: is for --arch modern, and this model is of --arch gpt; leave it out, or"),
     ("--arch modern --bias", "--bias: is for --arch gpt, and this model is of --arch modern; leave it out, or"),
     ("--resume", "holds no state.pt to resume from; start without --resume"),
-    ("--init_from text.txt", "text.txt: is damaged, or a pickle that could run code"),
-    ("--init_from .", "holds no model yet"),
+    ("--init_from text.txt", "--init_from text.txt: is damaged, or a pickle that could run code"),
+    ("--init_from .", "--init_from .: holds no model yet"),
+    (
+        "--init_from run/state.pt",
+        "--init_from run/state.pt: is no nanoGPT checkpoint (it has no 'model' and 'model_args'); name",
+    ),
+    ("--shard", "--shard: spreads a model over several processes; start them with torchrun, or leave it out"),
+    (
+        "--min_lr 1",
+        "--min_lr 1: is where the learning rate ends, and above --learning_rate 0.01, its highest; lower it",
+    ),
 ]
 
 BAD_SAMPLING = [
@@ -749,6 +758,9 @@ def inputs(finished, tmp_path):
     (tmp_path / "latin1.txt").write_bytes("Straße".encode("latin-1") * 100)
     (tmp_path / "one.txt").write_bytes(b"x")
     (tmp_path / "short.txt").write_bytes(b"abcdefghijklmno")
+    (tmp_path / "run").mkdir()
+    for name in ("state.pt", "config.json"):
+        shutil.copy(os.path.join(finished.model, name), str(tmp_path / "run"))
     return tmp_path
 
 

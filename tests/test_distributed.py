@@ -323,7 +323,11 @@ def test_a_signal_to_torchrun_finishes_the_step_and_saves(here):
     wait_for_steps(job, "stopped", 2)
     job.send_signal(signal.SIGTERM)
     status, out, err = finish(job, timeout=60)
-    assert status != 0 and out.count("and saved; go on with: torchrun") == 1 and not errors(err)[0]
+    assert (
+        status != 0
+        and out.count("go on with: torchrun --standalone --nproc_per_node 2 train.py") == 1
+        and not errors(err)[0]
+    )
     assert load_state("stopped")["counters"]["step"] == losses("stopped")[-1][0]
 
 
@@ -456,14 +460,19 @@ def test_a_state_that_was_half_written_is_none(sharded):
 
 
 def test_sharding_needs_its_pytorch_and_a_number_format_that_all_scale_alike(monkeypatch):
-    options = train.TrainOptions(shard=True)
-    sharding.check_shard(options, torch.bfloat16)
+    def check(dtype, processes=2, **options):
+        sharding.check_shard(train.TrainOptions(**options), {"shard"}, dtype, processes)
+
+    check(torch.bfloat16, shard=True)
+    check(torch.bfloat16, processes=1, shard=True, resume=True)
     with pytest.raises(UserError, match="--shard: needs --dtype bfloat16 or float32, not float16"):
-        sharding.check_shard(options, torch.float16)
+        check(torch.float16, shard=True)
+    with pytest.raises(UserError, match="--shard: spreads a model over several processes; start them with torchrun"):
+        check(torch.bfloat16, processes=1, shard=True)
     monkeypatch.setitem(sys.modules, "torch.distributed.fsdp", None)
     with pytest.raises(UserError, match=r"--shard: needs PyTorch 2\.6 or newer"):
-        sharding.check_shard(options, torch.float32)
-    sharding.check_shard(train.TrainOptions(), torch.float16)
+        check(torch.float32, shard=True)
+    check(torch.float16)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

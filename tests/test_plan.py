@@ -9,6 +9,7 @@ import sys
 import time
 from collections import Counter
 from dataclasses import fields
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -337,6 +338,11 @@ def test_a_flag_of_the_other_architecture_is_refused_where_the_architecture_is_c
         assert settings("arch", name, arch=arch).arch == arch
 
 
+def test_a_rate_that_would_end_above_its_highest_is_refused():
+    with pytest.raises(UserError, match=r"--min_lr 0\.01: is where the learning rate ends, and above"):
+        plan.choose_settings(make_options(min_lr=0.01), {"min_lr"}, 10**6, CPU, torch.float32)
+
+
 def test_what_was_left_out_comes_to_its_default_on_the_device_and_for_the_text(monkeypatch, tmp_path):
     options = make_options(learning_rate=3e-4, dtype=None)
     assert plan.came_to("min_lr", options, CPU) == pytest.approx(3e-5)
@@ -410,6 +416,14 @@ def test_timing_a_step_leaves_no_trace(make_model, dtype):
     assert all(torch.equal(state["model"][name], p) for name, p in learner.model.state_dict().items())
     assert state["optimizers"] == learner.state_dict()["optimizers"], "no optimizer has taken a step"
     assert learner.model.training and learner.worker.training
+
+
+def test_processes_agree_on_whether_a_pass_was_slow(make_model, monkeypatch):
+    """Each needs the others in a pass: had they clocks of their own, one could wait for another that has gone on."""
+    learner, told = make_learner(make_model), iter([0.1, 30.0])  # of the first process
+    monkeypatch.setattr(plan, "seconds_of", lambda work: (work(), 5.0)[1])  # of this one, to which all are slow
+    monkeypatch.setattr(learner, "processes", SimpleNamespace(agree=lambda seconds: (0, next(told)), average=id))
+    assert seconds_per_token(learner, *windows()) == 30.0 / 32 and next(told, None) is None
 
 
 @pytest.mark.parametrize("seconds, passes", [(0.1, 3), (30.0, 1)])

@@ -10,6 +10,7 @@ import json
 import math
 import os
 import re
+import shlex
 import shutil
 import signal
 import socket
@@ -528,14 +529,16 @@ def test_the_sample_of_a_slow_model_is_cut_off(make_model, monkeypatch):
 def test_a_run_of_more_than_an_hour_says_so_up_front_and_names_a_smaller_one_that_train_takes(run, capsys, monkeypatch):
     monkeypatch.setattr(train, "seconds_per_token", lambda *_: 6000 / (2 * 4 * 8))
     plain = train.smaller_setting
-    monkeypatch.setattr(train, "smaller_setting", lambda options: (plain(options)[0], 0.1))
+    monkeypatch.setattr(train, "smaller_setting", lambda *options: (plain(*options)[0], 0.1))
     run("slow", n_layer=6, n_embd=96, n_head=6, max_iters=2)
     out = capsys.readouterr().out.splitlines()
     announced = next(i for i, line in enumerate(out) if "about 1.7 hours" in line)
     assert announced < next(i for i, line in enumerate(out) if line.startswith("step "))
-    flags = out[announced + 1].split("python train.py ")[1].split()
+    flags = shlex.split(out[announced + 1].split("python train.py ")[1])
     smaller, _ = parse_options(train.TrainOptions, flags, "")
     assert smaller.n_embd < 384 and smaller.n_embd % smaller.n_head == 0
+    assert (smaller.data, smaller.out_dir, smaller.learning_rate) == ("text.txt", "slow", 1e-2), "what was given stays"
+    assert smaller.fresh and not smaller.resume and smaller.compile is False
 
     monkeypatch.setattr(train, "smaller_setting", plain)
     run("small", max_iters=2)
