@@ -469,6 +469,7 @@ class _Encoders:
 
     def __init__(self, directory, processes, characters):
         self.pool, self.directory = None, directory
+        self.others = multiprocessing.active_children()  # of whoever called prepare
         self.processes = processes or (os.cpu_count() or 1 if characters > SMALL else 1)
         if self.processes > 1:
             context = multiprocessing.get_context("spawn")  # a fork would copy locks that other threads hold
@@ -503,7 +504,8 @@ class _Encoders:
         if self.pool is not None:
             if error is not None:  # nobody waits for what they are doing
                 for process in multiprocessing.active_children():
-                    process.terminate()
+                    if process not in self.others:
+                        process.terminate()
             self.pool.shutdown()
 
 
