@@ -63,6 +63,7 @@ SPARE = 0.4  # of the activations: what the C library keeps beside them, in piec
 SPARE_RECOMPUTED = 2.5  # the same with gradient checkpointing, which takes and frees each layer's several times
 DRAFT_BYTES = 90  # for each token that the draft counts at the end of a run, measured
 CUDA_BYTES = 0.6e9  # what CUDA keeps for itself in each process, about
+PICTURES = 36e6  # bytes of matplotlib, which is loaded when the loss is drawn for the first time, measured
 
 
 @dataclass
@@ -291,7 +292,9 @@ def memory(model, options, place, data):
             f"float32, 1 of {place.processes} parts",
         )
     always = [
-        ("Python and PyTorch", place.resident, "now") if on_cpu else ("CUDA itself", CUDA_BYTES, "about"),
+        ("Python and PyTorch", place.resident + PICTURES, "with matplotlib")
+        if on_cpu
+        else ("CUDA itself", CUDA_BYTES, "about"),
         ("weights", weights, kept_by),
         ("optimizer", means, "Muon, AdamW" if isinstance(model, Modern) else "AdamW: two means of each weight"),
     ]

@@ -287,7 +287,7 @@ def validation_loss(model, tokens, batch_size, max_batches=None, device="cpu", p
         mine = turn + processes.rank
         counts = mine < n  # else it computes another's batch, as the parts of a sharded model need each other
         x, y = batches[(mine if counts else turn) * len(batches) // n]
-        _, loss = model(x.to(device), y.to(device))
+        loss = model(x.to(device), y.to(device))[1]  # without the logits, which would stay while the next are made
         losses.append(loss.float() * y.numel() * counts)
         count += y.numel() * counts
     model.train(was_training)
