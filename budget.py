@@ -23,8 +23,7 @@ from modern import Modern, ModernConfig
 from optim import Learner, has_copy, has_recording
 from plan import (
     begin_from,
-    check_checkpointing,
-    check_windows,
+    check_run,
     choose_settings,
     evaluation_seconds,
     make_config,
@@ -32,7 +31,6 @@ from plan import (
     seconds_per_token,
     settle,
 )
-from sharding import check_shard
 from utils import (
     STARTED,
     UserError,
@@ -364,15 +362,11 @@ def step_seconds(config, options, place, data):
 def files(model, keep, shard=False):
     """The large files that a run leaves in out_dir: [(name, bytes, remark)]. keep: how many states."""
     weights, means = weight_bytes(model)
-    earlier = f"{keep - 1} before it, of --keep {keep}: one more while saving"
+    ending, state = "dcp/" if shard else "pt", weights + means
     return [
         ("model.safetensors", weights, "the best weights"),
-        (
-            "state.dcp/" if shard else "state.pt",
-            weights + means,
-            "the newest weights and the optimizer's means, for --resume",
-        ),
-        ("state-STEP.dcp/" if shard else "state-STEP.pt", (keep - 1) * (weights + means), earlier),
+        (f"state.{ending}", state, "the newest weights and the optimizer's means, for --resume"),
+        (f"state-STEP.{ending}", (keep - 1) * state, f"{keep - 1} before it, of --keep {keep}: one more while saving"),
     ]
 
 
@@ -409,9 +403,7 @@ def show(options, given):
     else:
         options, data = settle(options, given, place.device, place.dtype, peak, place.processes)
         config = make_config(options, data.tokenizer.vocab_size)
-    check_windows(options, place.processes)
-    check_shard(options, given, place.dtype, place.processes)
-    check_checkpointing(options, place.device)
+    check_run(options, given, place.device, place.dtype, place.processes)
     model = empty_model(config)
     print("A plan: nothing is trained, and nothing written.")
     shape = f"{config.n_layer} layers, {config.n_head} heads, {config.n_embd} channels, context {config.block_size}"

@@ -20,7 +20,6 @@ import utils  # first: Ctrl-C while PyTorch is loading is then no traceback  # n
 # isort: split
 import hashlib
 import math
-import os
 import shlex
 from dataclasses import dataclass
 from typing import Optional
@@ -29,7 +28,7 @@ import torch
 
 from corpus import in_splits, pieces, progress_bar, read, size_of
 from distributed import ALONE
-from shards import MANIFEST, SHARD_TOKENS, is_prepared, open_prepared, prepare
+from shards import SHARD_TOKENS, holds_prepared, is_prepared, open_prepared, prepare
 from tokenizer import KINDS, OtherTokenizer, check_name, make_tokenizer, spread, tokenizer_hash
 from utils import UserError, argument, memory_of, option, parse_options, run_command
 
@@ -341,8 +340,8 @@ def prepare_text(options):
     try:
         prepare(o.source, o.out, o.tokenizer, o.field, o.processes, o.shard_tokens)
     except OSError as error:
-        begun = os.path.isfile(os.path.join(o.out, MANIFEST))
-        remedy = "what is finished is kept, the same command goes on" if begun else "name another directory"
+        kept = "what is finished is kept, the same command goes on"
+        remedy = kept if holds_prepared(o.out) else "name another directory"
         raise UserError(f"{o.out}: cannot be written ({error.strerror}); {remedy}") from None
     except KeyboardInterrupt:
         print("stopped; what is finished is kept, the same command goes on")

@@ -20,7 +20,9 @@ from distributed import ALONE
 from graphs import record
 from model import GPT, GPTConfig
 from modern import Modern, ModernConfig
-from shards import MANIFEST, is_prepared
+from optim import lr_share
+from sharding import check_shard
+from shards import holds_prepared, is_prepared
 from tokenizer import OtherTokenizer, UnknownCharacters, load_tokenizer, tokenizer_hash
 from utils import UserError, first_line, memory_of, pick_dtype, same_dice
 
@@ -58,7 +60,7 @@ def check_directory(options, lock):
         raise UserError("--out_dir: is empty; name a directory")
     if options.resume and options.fresh:
         raise UserError("--resume and --fresh: give one of the two")
-    if not options.resume and os.path.isfile(os.path.join(options.out_dir, MANIFEST)):
+    if not options.resume and holds_prepared(options.out_dir):
         raise UserError(f"--out_dir {options.out_dir}: holds a prepared text; name another directory")
     if not holds_run(options.out_dir):
         return
@@ -224,6 +226,13 @@ def build_model(options, vocab_size):
     return Modern(config) if options.arch == "modern" else GPT(config)
 
 
+def check_run(options, given, device, dtype, processes):
+    """Raises UserError for what so many processes, or this device and number format, cannot do."""
+    check_windows(options, processes)
+    check_shard(options, given, dtype, processes)
+    check_checkpointing(options, device)
+
+
 def check_windows(options, processes):
     """Raises UserError where so many processes cannot share the windows of a step evenly."""
     windows = options.batch_size * options.gradient_accumulation_steps
@@ -373,7 +382,7 @@ def came_to(name, options, device):
     if value is None and name == "dtype":
         return str(pick_dtype(None, device))[6:]
     if value is None and name == "min_lr":
-        return options.learning_rate / 10
+        return options.learning_rate * lr_share(options.warmup_iters, 1.0, options)  # its last one
     if value is None and name == "tokenizer" and options.init_from is None and not is_prepared(options.data):
         return "chars"
     return value

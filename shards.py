@@ -201,9 +201,14 @@ class Shards:
         return out
 
 
+def holds_prepared(directory):
+    """Was a text prepared in this directory, or begun to be?"""
+    return os.path.isfile(os.path.join(directory, MANIFEST))
+
+
 def is_prepared(source):
     """Is this a prepared directory, or shards of one?"""
-    return source.endswith(".bin") or os.path.isfile(os.path.join(source, MANIFEST))
+    return source.endswith(".bin") or holds_prepared(source)
 
 
 def open_prepared(source):
@@ -217,7 +222,7 @@ def open_prepared(source):
     if source.endswith(".bin"):
         chosen = {os.path.basename(path) for path in find_files(source)}
         directory = os.path.dirname(source)
-        if not os.path.isfile(os.path.join(directory, MANIFEST)):
+        if not holds_prepared(directory):
             raise UserError(f"{source}: has no {MANIFEST} beside it, as `python data.py prepare` writes; give the text")
         source = directory
     manifest = _read_manifest(source)
@@ -484,7 +489,7 @@ class _Encoders:
         waiting = collections.deque()
         try:
             for split, end, text in texts:
-                with _deaf():  # the first one starts the processes
+                with _deaf():  # where it starts a process
                     waiting.append((split, end, self.pool.submit(_encode_in_worker, text, itemsize)))
                 if len(waiting) > 2 * self.processes:
                     split, end, result = waiting.popleft()

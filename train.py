@@ -60,9 +60,8 @@ from modern import LONGEST
 from optim import Learner, lr_share
 from plan import (
     begin,
-    check_checkpointing,
     check_directory,
-    check_windows,
+    check_run,
     evaluation_batches,
     evaluation_seconds,
     make_directory,
@@ -71,7 +70,7 @@ from plan import (
     seconds_per_token,
     smaller_setting,
 )
-from sharding import check_shard, copies, is_sharded, learned, shard, whole_weights
+from sharding import copies, is_sharded, learned, shard, whole_weights
 from tokenizer import prompt_tokens, tokenizer_hash, whole_characters
 from utils import (
     STARTED,
@@ -494,9 +493,7 @@ def train_until(at_end, options, given, processes):
     else:
         dtype = pick_dtype(options.dtype, device)
         options, model, data = begin(options, given, device, dtype, processes)
-    check_windows(options, processes.world)
-    check_shard(options, given, dtype, processes.world)
-    check_checkpointing(options, device)
+    check_run(options, given, device, dtype, processes.world)
     check_activations(options, model.config, device, dtype, processes.world)
     batches = data.batches(options.batch_size * options.gradient_accumulation_steps, options.block_size, options.seed)
     model.gradient_checkpointing = options.gradient_checkpointing

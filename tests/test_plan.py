@@ -30,6 +30,7 @@ from plan import (
     seconds_per_token,
     smaller_setting,
 )
+from shards import MANIFEST
 from utils import UserError, parse_options
 
 CPU = torch.device("cpu")
@@ -352,7 +353,7 @@ def test_what_was_left_out_comes_to_its_default_on_the_device_and_for_the_text(m
         assert plan.came_to("dtype", options, CPU) == dtype
     assert plan.came_to("tokenizer", options, CPU) == "chars"
     assert plan.came_to("tokenizer", dataclasses.replace(options, init_from="out"), CPU) is None
-    (tmp_path / plan.MANIFEST).touch()
+    (tmp_path / MANIFEST).touch()
     assert plan.came_to("tokenizer", dataclasses.replace(options, data=str(tmp_path)), CPU) is None  # the text has one
 
 
