@@ -11,7 +11,7 @@ from the published speed of a GPU and the share of it that training reaches.
 import math
 import os
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Optional
 
 import torch
@@ -409,7 +409,7 @@ def show(options, given):
     shape = f"{config.n_layer} layers, {config.n_head} heads, {config.n_embd} channels, context {config.block_size}"
     print(f"{options.arch}: {shape}, {config.vocab_size:,} tokens in the vocabulary")
     print_parameters(model)
-    fits = print_memory(place, *memory(model, options, place, data))
+    fits = print_memory(model, options, place, data)
     print_time(model, options, place, data, fits)
     print(f"files in {options.out_dir}/")
     for name, size, remark in files(model, options.keep, place.shard):
@@ -434,8 +434,9 @@ def print_parameters(model):
     print_row("all", f"{sum(counts.values()):,}")
 
 
-def print_memory(place, always, step, evaluation):
-    """The parts and the most at one time. Returns whether that fits."""
+def print_memory(model, options, place, data):
+    """The parts and the most at one time, and what to do where it is too much. Returns whether that fits."""
+    always, step, evaluation = memory(model, options, place, data)
     print(
         f"memory of {'the process' if place.processes == 1 else f'each of {place.processes} processes'}, {place.name}"
     )
@@ -444,8 +445,21 @@ def print_memory(place, always, step, evaluation):
     peak = peak_bytes(always, step, evaluation)
     fits = place.memory is None or peak < place.memory
     remark = "" if place.memory is None else f"of {in_words(place.memory)}"
-    print_row("at most", in_words(peak), remark if fits else f"{remark}: does not fit; lower --batch_size")
+    if not fits:
+        remark += f": does not fit; {remedy(model, options, place, data)}"
+    print_row("at most", in_words(peak), remark)
     return fits
+
+
+def remedy(model, options, place, data):
+    """What makes a run fit that does not, in words: a smaller batch, activations computed again, or a smaller model."""
+    fewer = dict(batch_size=place.processes) if options.batch_size > place.processes else {}
+    again = {} if options.gradient_checkpointing else dict(gradient_checkpointing=True)
+    ways = [("lower --batch_size", fewer), ("add --gradient_checkpointing", again)]
+    for words, change in [*ways, (" and ".join(words for words, _ in ways), {**fewer, **again})]:
+        if peak_bytes(*memory(model, replace(options, **change), place, data)) < place.memory:
+            return words
+    return "take a smaller model, or lower --block_size"
 
 
 def peak_bytes(always, step, evaluation):

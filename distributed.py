@@ -13,6 +13,7 @@ import contextlib
 import datetime
 import os
 import re
+import signal
 import socket
 import sys
 import threading
@@ -141,11 +142,18 @@ class Processes:
         if self.listener.is_alive():
             self.listener.join()
 
+    def ignore_torchrun(self):
+        """Once there is an error: torchrun, which sees a process end, sends SIGTERM to the others. They end by
+        themselves, but not before one has told why."""
+        if self.world > 1:
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
     def speaks(self):
         """Is it this process that tells of the error which it has? One does, the others end quietly.
 
         Most errors are those of all processes: so all but process 0 wait a second for it to speak.
         """
+        self.ignore_torchrun()
         try:
             for _ in range(10):
                 if self.first or self.store.check([TOLD]):

@@ -111,14 +111,19 @@ def check_memory(options, vocab_size):
     rows = vocab_size + o.block_size + (o.ngram_rows if o.ngram > 1 else 0)
     parameters = 12 * o.n_layer * o.n_embd**2 + rows * o.n_embd
     tokens = o.batch_size * o.block_size
-    needed = 16 * parameters + 4 * tokens * vocab_size + 16 * tokens * o.gradient_accumulation_steps
+    learned = 16 * parameters
+    needed = learned + 4 * tokens * vocab_size + 16 * tokens * o.gradient_accumulation_steps
     memory = memory_of(torch.device("cpu"))
     if torch.cuda.is_available():
         memory = max(memory or 0, memory_of(torch.device("cuda", 0)))
     if memory is not None and needed > memory:
+        flags = ["batch_size", "gradient_accumulation_steps", "block_size"]
+        if learned > memory:  # whatever the batch is
+            flags = ["n_embd", "n_layer", *(["ngram_rows"] if o.ngram > 1 else [])]
+        lower = " or ".join(f"--{name} ({getattr(o, name)})" for name in flags if getattr(o, name) > 1)
         raise UserError(
             f"these sizes need at least {needed / 2**30:,.0f} GiB of memory and this machine has {memory / 2**30:.0f}; "
-            f"lower --batch_size, --n_embd or --n_layer"
+            f"lower {lower}"
         )
 
 
@@ -198,7 +203,7 @@ def for_fine_tuning(options, given, tokens):
         chosen["ngram_decay"] = 0.0
     batch_size = options.batch_size if "batch_size" in given else chosen["batch_size"]
     if options.minutes is not None:
-        chosen.update(min_lr=0.0, max_iters=STEPS_WITHOUT_END)
+        chosen.update(min_lr=0.0, max_iters=STEPS_WITHOUT_END, eval_interval=STEPS_WITHOUT_END)
         return chosen, f"fine-tuning {options.init_from} on {tokens:,} tokens for {options.minutes:g} min"
     step_tokens = batch_size * options.gradient_accumulation_steps * options.block_size
     least, most = FINE_TUNING_STEPS
@@ -409,7 +414,7 @@ SMALL_SHARE = 0.26  # the same of models below 192 channels, but for a CUDA GPU:
 # A GPU is not kept busy by models as small as these. Measured on an H100, with recorded steps:
 GPU_START = 7  # seconds until the first step
 GPU_LAYER = 4e-4  # seconds that the operations of a layer take in a step, however little there is to do for each
-STEPS_WITHOUT_END = 10**9  # max_iters where the clock ends the run
+STEPS_WITHOUT_END = 10**9  # max_iters where the clock ends the run, and eval_interval where it asks for evaluations
 
 
 def for_minutes(minutes, tokens, device, dtype, peak=None, arch="modern"):
@@ -439,7 +444,7 @@ def for_minutes(minutes, tokens, device, dtype, peak=None, arch="modern"):
     if epochs >= 8:
         doubling = 0.05 if ngrams else 0.1
         sizes["dropout"] = round(min(0.5, 0.05 + doubling * math.log2(epochs / 8)), 2)
-    sizes["max_iters"] = STEPS_WITHOUT_END
+    sizes.update(max_iters=STEPS_WITHOUT_END, eval_interval=STEPS_WITHOUT_END)
     why = f"{peak / 1e9:,.0f} GFLOP/s x {minutes:g} min on {tokens:,} tokens, about {epochs:.1f} times the text"
     return sizes, why
 

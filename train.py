@@ -59,6 +59,7 @@ from generate import generate
 from modern import LONGEST
 from optim import Learner, lr_share
 from plan import (
+    STEPS_WITHOUT_END,
     begin,
     check_directory,
     check_run,
@@ -153,7 +154,7 @@ class TrainOptions:
     seed: int = option(1337, "for initial weights, batches and dropout", at_least=0)
     # reports
     eval_interval: int = option(
-        500, "steps between evaluations, each of which saves the run; in a run of minutes the clock decides", at_least=1
+        500, "steps between evaluations, which save the run; with --minutes, if left out, the clock decides", at_least=1
     )
     eval_iters: int = option(200, "most batches in an evaluation; a val split of fewer is read whole", at_least=1)
     log_interval: int = option(10, "steps between lines in metrics.jsonl", at_least=1)
@@ -188,8 +189,9 @@ def errors_in_words(options):
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        remedy = "lower --batch_size (--gradient_accumulation_steps makes up for it) or --block_size, or add "
-        raise UserError(f"out of memory; {remedy}--gradient_checkpointing") from None
+        batch = "--batch_size (--gradient_accumulation_steps makes up for it) or " if options.batch_size > 1 else ""
+        add = "" if options.gradient_checkpointing else ", or add --gradient_checkpointing"
+        raise UserError(f"out of memory; lower {batch}--block_size{add}") from None
     except OSError as error:  # a full disk, say; what was saved before is whole
         remedy = "go on with --resume" if state_files(options.out_dir) else "start anew with --fresh"
         problem = f"--out_dir {options.out_dir}: cannot be written ({error.strerror})"
@@ -225,10 +227,12 @@ class StopSignal:
         signal.set_wakeup_fd(self.sockets[1].fileno())
         return self
 
-    def __exit__(self, *_):
+    def __exit__(self, kind, *_):
         signal.set_wakeup_fd(-1)
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
+        if kind is not None:
+            self.processes.ignore_torchrun()
         self.sockets[1].close()  # which ends the thread
 
     def _handle(self, number, frame):
@@ -552,7 +556,8 @@ def train_until(at_end, options, given, processes):
                 f"short for a step and the end of a run; give more"
             )
         run.due = True  # it was stopped, and its start took what time was left
-    pause = max(3.0, (60 * options.minutes) / 8, 25 * evaluation) if timed else None  # between evaluations
+    by_the_clock = timed and options.eval_interval == STEPS_WITHOUT_END
+    pause = max(3.0, (60 * options.minutes) / 8, 25 * evaluation) if by_the_clock else None  # between evaluations
     last_seconds, last_tokens, last_evaluation = run.seconds, run.tokens, run.seconds
     skipped, _ = run.learner.skipped.tolist()
     # Even where the time is over before the first step, a run makes one and ends with an evaluation.
@@ -578,10 +583,9 @@ def train_until(at_end, options, given, processes):
         bar.update(done() - bar.n)
 
         # The last evaluation ends the run: one shortly before it would take the time in which the rate goes to zero.
-        long_ago = timed and min(run.seconds - last_evaluation, run.left) > pause
-        progress, due, save_is_due = stop.agree(run.progress(), long_ago, run.save_is_due())
-        due = due if timed else run.step % options.eval_interval == 0
-        run.due = bool(due) or progress == 1
+        long_ago = by_the_clock and min(run.seconds - last_evaluation, run.left) > pause
+        progress, long_ago, save_is_due = stop.agree(run.progress(), long_ago, run.save_is_due())
+        run.due = bool(long_ago) or run.step % options.eval_interval == 0 or progress == 1
         if run.step % options.log_interval == 0 or run.step == 1 or run.due or stop.number is not None:
             train_loss, skipped_before = loss.item(), skipped
             skipped, in_a_row = map(int, run.learner.skipped.tolist())

@@ -387,7 +387,18 @@ def test_a_plan_for_a_named_gpu_by_hand(plan):
     assert table["weights"][0] == "497.8 MB" and table["optimizer"][0] == "995.5 MB"
     assert table["model.safetensors"][0] == "497.8 MB" and table["state.pt"][0] == "1.5 GB"
     assert "of 80.0 GB" in table["at most"][1] and "does not fit" not in table["at most"][1]
-    assert "does not fit; lower --batch_size" in plan(f"{GPT2} --peak 4090")["at most"][1]
+
+
+def test_where_a_run_does_not_fit_the_plan_says_what_is_enough(plan):
+    def says(more):
+        return plan(f"{GPT2} --peak 4090 {more}")["at most"][1].partition("does not fit; ")[2]
+
+    assert says("") == "lower --batch_size"
+    assert says("--batch_size 1") == ""
+    assert says("--batch_size 1 --block_size 16384") == "add --gradient_checkpointing"
+    assert says("--batch_size 8 --block_size 16384") == "lower --batch_size and add --gradient_checkpointing"
+    for sizes in ("--batch_size 1", "--batch_size 1 --gradient_checkpointing"):
+        assert says(f"{sizes} --n_layer 100 --n_embd 1536") == "take a smaller model, or lower --block_size"
 
 
 def test_processes_share_the_work_and_each_holds_less(plan):

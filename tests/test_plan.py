@@ -374,8 +374,11 @@ def test_fine_tuning_for_minutes_ends_by_the_clock():
 )
 @pytest.mark.parametrize("arch", ["gpt", "modern"])
 def test_sizes_that_no_memory_holds_are_refused_before_the_model_is_made(sizes, arch):
-    with pytest.raises(UserError, match=r"need at least .* GiB of memory and this machine has .*; lower --batch_size"):
+    [(name, size)] = sizes.items()
+    words = rf"need at least .* GiB of memory and this machine has .*; lower .*--{name} \({size}\)"
+    with pytest.raises(UserError, match=words) as error:
         check_memory(make_options(**sizes), vocab_size=50)
+    assert ("--batch_size" in str(error.value)) == (name not in ("n_layer", "n_embd")), "what helps, and only that"
     with pytest.raises(UserError, match="GiB of memory"):
         plan.build_model(make_options(arch=arch, **sizes), vocab_size=50)
 

@@ -276,6 +276,12 @@ NO_MEMORY = [
 ]
 
 
+def test_what_is_as_small_as_can_be_is_not_to_be_lowered():
+    options = make_options(batch_size=1, gradient_checkpointing=True)
+    with pytest.raises(UserError, match=r"^out of memory; lower --block_size$"), train.errors_in_words(options):
+        raise MemoryError
+
+
 @pytest.mark.parametrize("error", NO_MEMORY, ids=lambda error: str(error)[:24])
 def test_out_of_memory_is_one_line_that_names_what_to_lower(run, monkeypatch, error):
     def full(*_):
@@ -557,7 +563,7 @@ def test_a_run_says_where_it_reads_less_than_the_val_split_as_one_of_minutes_doe
     monkeypatch.setattr(train, "seconds_per_token", lambda *_: 1e3)
     read, whole = [], train.validation_loss
     monkeypatch.setattr(train, "validation_loss", lambda *args: read.append(args[3]) or whole(*args))
-    timed = dict(minutes=0.02, max_iters=2, not_given=["max_iters"])
+    timed = dict(minutes=0.02, max_iters=2, not_given=["max_iters", "eval_interval"])
     run("short", **timed)
     val = len(TEXT) - int(0.9 * len(TEXT))
     said = f"An evaluation reads 64 of the {val} tokens to validate (--eval_iters 2).\n"
@@ -628,7 +634,7 @@ def clock(monkeypatch):
     return clock
 
 
-TIMED = dict(arch="gpt", minutes=2, not_given=["max_iters"], learning_rate=1e-2, min_lr=0.0)
+TIMED = dict(arch="gpt", minutes=2, not_given=["max_iters", "eval_interval"], learning_rate=1e-2, min_lr=0.0)
 
 
 def assert_a_line_to_0(metrics):
@@ -642,6 +648,16 @@ def assert_a_line_to_0(metrics):
 
 def test_with_minutes_the_learning_rate_reaches_0_when_the_time_is_up(run, clock):
     assert_a_line_to_0(run("out", **TIMED)[1])
+
+
+def test_in_a_run_of_minutes_the_clock_asks_for_evaluations_or_the_steps_that_were_given(run, clock):
+    at = [m["step"] for m in run("clock", **TIMED)[1] if "val_loss" in m]
+    assert 5 <= len(at) <= 8 and {later - earlier for earlier, later in zip(at, at[1:-1])} == {16}, "an eighth of 2 min"
+    clock.ctrl_c = clock.now + 60
+    settings = dict(TIMED, not_given=["max_iters"], eval_interval=25)
+    assert run("given", **settings)[0] == 130
+    metrics = run("given", **TIMED, resume=True)[1]
+    assert [m["step"] for m in metrics if "val_loss" in m] == [25, 50, 75, 100, metrics[-1]["step"]]
 
 
 def test_the_bar_of_a_run_of_minutes_goes_on_in_evaluations(run, clock, monkeypatch):
