@@ -1,12 +1,11 @@
 """The commands as a person runs them: train.py, sample.py and every command of the README.
 
-Most tests start a process. Where a process would show nothing more (a table of bad inputs, say), `command` calls the
-same main() in this one.
+Some tests start a process in full, more fork one (processes.Command). Where a process would show nothing more (a table
+of bad inputs, say), `command` calls the same main() in this one.
 """
 
 import contextlib
 import hashlib
-import importlib
 import io
 import json
 import os
@@ -24,6 +23,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from processes import Command
 
 import bigram
 import budget
@@ -59,8 +59,8 @@ def start(script, *args, cwd, **settings):
     return subprocess.Popen([sys.executable, str(ROOT / script), *map(str, args)], cwd=str(cwd), **settings)
 
 
-def finish(process, stdin=None):
-    out, err = process.communicate(stdin, timeout=300)
+def finish(process, *stdin):
+    out, err = process.communicate(*stdin, timeout=300)
     return Result(process.returncode, out.decode("utf-8"), err.decode("utf-8"))
 
 
@@ -275,8 +275,7 @@ def test_a_run_whose_reader_leaves_goes_on_to_its_end(own, tmp_path):
 def test_a_run_whose_words_cannot_be_written_goes_on_to_its_end(own, tmp_path):
     """As where a terminal is closed, or the disk is full that `python train.py > log.txt` writes to."""
     flags = ["--data", "text.txt", "--out_dir", "new", *TINY, "--max_iters", 5]
-    with open("/dev/full", "w") as full:
-        assert start("train.py", *flags, cwd=tmp_path, stdout=full, stderr=full).wait(300) == 0
+    assert Command("train.py", *flags, cwd=tmp_path, stdout="/dev/full", stderr="/dev/full").wait() == 0
     assert metrics_of(tmp_path / "new")[-1]["step"] == 5
 
 
@@ -284,7 +283,7 @@ def test_a_run_whose_words_cannot_be_written_goes_on_to_its_end(own, tmp_path):
 def test_without_a_compiler_it_says_so_in_one_line_and_trains(own, tmp_path):
     nothing = {"CXX": "/nonexistent", "CC": "/nonexistent", "PATH": "", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "c")}
     arguments = ["--data", "text.txt", "--out_dir", "new", *TINY, "--max_iters", 3, "--compile"]
-    result = run("train.py", *arguments, cwd=tmp_path, env=nothing)
+    result = finish(Command("train.py", *arguments, cwd=tmp_path, env=nothing))
     assert result.status == 0, result.err
     assert result.out.count("there is no working compiler here, running uncompiled") == 1
     assert "Traceback" not in result.err and metrics_of(tmp_path / "new")[-1]["step"] == 3
@@ -314,7 +313,7 @@ def test_a_run_stopped_by_ctrl_c_terminated_and_killed_ends_bit_for_bit_as_the_u
     stops = [(signal.SIGINT, 10, 130), (signal.SIGTERM, 60, 143), (signal.SIGKILL, 110, -9)]
     arguments = ["--data", "text.txt", "--max_iters", STEPS, *TINY]
     for number, step, status in stops:
-        process = start("train.py", *arguments, cwd=tmp_path)
+        process = Command("train.py", *arguments, cwd=tmp_path)
         wait_for_step(process, tmp_path / "out", step)
         process.send_signal(number)
         result = finish(process)
@@ -325,7 +324,7 @@ def test_a_run_stopped_by_ctrl_c_terminated_and_killed_ends_bit_for_bit_as_the_u
             )
         arguments = ["--resume"]
     assert metrics_of(tmp_path / "out")[-1]["step"] < STEPS, "it was over before it could be stopped"
-    result = run("train.py", "--resume", cwd=tmp_path)
+    result = finish(Command("train.py", "--resume", cwd=tmp_path))
     assert result.status == 0, result.err
 
     ours, theirs = (torch.load(os.path.join(d, "state.pt")) for d in (str(tmp_path / "out"), finished.model))
@@ -409,7 +408,7 @@ def test_a_run_broken_off_before_it_was_saved_names_the_way_out(command, own, tm
 
 def test_a_directory_that_holds_a_run_is_refused_and_nothing_in_it_changes(own, tmp_path):
     before = contents(tmp_path)
-    result = run("train.py", "--data", "text.txt", *TINY, "--max_iters", 2, cwd=tmp_path)
+    result = finish(Command("train.py", "--data", "text.txt", *TINY, "--max_iters", 2, cwd=tmp_path))
     assert_refused(result, "--out_dir out: already holds a run", "--resume", "--fresh")
     assert contents(tmp_path) == before
 
@@ -888,7 +887,7 @@ def test_a_pickle_that_would_run_code_is_refused_and_runs_none(command, own, tmp
 
 def test_a_pickle_is_refused_by_the_process_too(tmp_path):
     (tmp_path / "ckpt.pt").write_bytes(pickle.dumps(Trap(str(tmp_path / "mark"))))
-    assert_refused(run("sample.py", "--out_dir", "ckpt.pt", cwd=tmp_path), "pickle that could run code")
+    assert_refused(finish(Command("sample.py", "--out_dir", "ckpt.pt", cwd=tmp_path)), "pickle that could run code")
     assert os.listdir(str(tmp_path)) == ["ckpt.pt"]
 
 
@@ -944,7 +943,7 @@ def shrunk(line, steps, cwd):
     return [*words[1:], *SHRINK["train.py"].split(), *few, *more]
 
 
-def test_readme_commands(tmp_path, command):
+def test_readme_commands(tmp_path):
     for path in ROOT.glob("*.py"):
         shutil.copy(str(path), str(tmp_path))
     shutil.copytree(str(ROOT / "page"), str(tmp_path / "page"))
@@ -968,19 +967,8 @@ def test_readme_commands(tmp_path, command):
             feed, _, last = line.rpartition("|")
             assert not feed or feed.split()[0] == "echo", f"teach this test to run: {line}"
             words = shrunk(last, steps, tmp_path)
-            stdin = " ".join(shlex.split(feed)[1:]).encode() + b"\n" if feed else None
-            if words[0] not in ran or "--minutes" in words:  # each script, and the clock, in a process of its own
-                process = subprocess.Popen(
-                    [sys.executable, *words],
-                    cwd=str(tmp_path),
-                    env=ENVIRONMENT,
-                    stdin=subprocess.PIPE,
-                    stdout=subprocess.PIPE,
-                    stderr=subprocess.PIPE,
-                )
-                result = finish(process, stdin)
-            else:  # in this one, which has loaded PyTorch already
-                result = command(importlib.import_module(words[0][: -len(".py")]), *words[1:], stdin=stdin or b"")
+            stdin = " ".join(shlex.split(feed)[1:]).encode() + b"\n" if feed else b""
+            result = finish(Command(tmp_path / words[0], *words[1:], cwd=tmp_path, stdin=stdin))
             assert result.status == 0, (line, result)
             assert result.out and "Traceback" not in result.err
             ran.append(words[0])

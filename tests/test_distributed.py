@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 import together
 import torch
+from processes import Command
 
 import distributed
 import sharding
@@ -47,13 +48,8 @@ def flags(out, *more, steps=STEPS):
 def torchrun(cwd, processes, *command, restarts=0):
     """A Popen of that many processes of a command."""
     start = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    return started(cwd, *start, f"--max-restarts={restarts}", *command)
-
-
-def started(cwd, *command):
-    """A Popen of a command of Python's."""
     return subprocess.Popen(
-        [sys.executable, *map(str, command)],
+        [sys.executable, *start, f"--max-restarts={restarts}", *map(str, command)],
         cwd=str(cwd),
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         stdin=subprocess.DEVNULL,
@@ -92,8 +88,9 @@ def workers(agent):
 def in_one_job(cwd, processes, runs):
     """Make several runs in one job of so many processes, as together.py says. Returns the exit statuses of each."""
     (cwd / "runs.json").write_text(json.dumps(runs))
-    status, _, err = finish(started(cwd, ROOT / "tests" / "together.py", "runs.json", processes))
-    assert status == 0, err
+    job = Command("tests/together.py", "runs.json", processes, cwd=cwd)
+    _, err = job.communicate()
+    assert job.returncode == 0, err.decode()
     return list(zip(*(json.loads((cwd / f"runs.json.{rank}").read_text()) for rank in range(processes))))
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import forked
+from processes import Command
 
 import checkpoint
 import utils
@@ -26,7 +27,6 @@ from utils import UserError
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGKILL, no fork and no limits")
 
-ROOT = Path(__file__).resolve().parent.parent
 TEXT = "the quick brown fox jumps over the lazy dog, and the dog sleeps on.\n" * 40
 # Two parts in every step, side by side in two threads, each with its own dropout; saved after every other step. The
 # learning rate stays the same, so that 10 steps are the first of 60.
@@ -49,31 +49,16 @@ class Training:
         (self.cwd / "text.txt").write_text(TEXT, encoding="utf-8")
 
     def start(self, *more, limit=None):
-        """A Popen of the run: from the beginning, or going on where it has saved something. limit: on file sizes."""
+        """A Command of the run: from the beginning, or going on where it has saved something. limit: on file sizes."""
         started = bool(checkpoint.state_files(str(self.out)))
         flags = [*(["--resume"] if started else [*self.flags, "--fresh"]), *map(str, more)]
-
-        def limit_files():
-            import resource
-
-            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-
-        return subprocess.Popen(
-            [sys.executable, str(ROOT / "train.py"), *flags],
-            cwd=str(self.cwd),
-            env={**os.environ, "OMP_NUM_THREADS": "2"},
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            preexec_fn=limit_files if limit else None,
-        )
+        return Command("train.py", *flags, cwd=self.cwd, threads=2, limit=limit)
 
     def finish(self, *more, limit=None):
         """Run it to its end: (exit status, stdout, stderr)."""
         process = self.start(*more, limit=limit)
-        out, err = process.communicate(timeout=300)
-        return process.returncode, out, err
+        out, err = process.communicate()
+        return process.returncode, out.decode(), err.decode()
 
     def metrics(self):
         with contextlib.suppress(FileNotFoundError), open(str(self.out / "metrics.jsonl")) as f:
