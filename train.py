@@ -154,9 +154,7 @@ class TrainOptions:
     seed: int = option(1337, "for initial weights, batches and dropout", at_least=0)
     # reports
     eval_interval: int = option(
-        500,
-        "steps between evaluations, which save the run; left out with minutes, the clock decides",
-        at_least=1,
+        500, "steps between evaluations, which save the run; in a run of minutes by the clock unless given", at_least=1
     )
     eval_iters: int = option(200, "most batches in an evaluation; a val split of fewer is read whole", at_least=1)
     log_interval: int = option(10, "steps between lines in metrics.jsonl", at_least=1)
