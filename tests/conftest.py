@@ -22,7 +22,8 @@ settings.load_profile("repeatable")
 
 
 # The files that take longest come first, so that of two workers none is left with one of them at the end.
-LONGEST_FIRST = ["test_cli", "test_notebooks", "test_train", "test_survival", "test_distributed", "test_shards"]
+LONGEST_FIRST = ["test_cli", "test_train", "test_distributed", "test_notebooks", "test_writing", "test_shards"]
+LONGEST_FIRST += ["test_optim", "test_survival", "test_export"]
 
 
 def pytest_collection_modifyitems(items):
