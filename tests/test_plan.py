@@ -241,7 +241,7 @@ def test_the_peak_is_measured_with_larger_matrices_where_the_products_of_smaller
 
 def test_with_minutes_the_whole_process_ends_in_time_with_the_settings_it_told_before_it_started(tmp_path):
     (tmp_path / "text.txt").write_text("the quick brown fox jumps over the lazy dog, and the dog sleeps on.\n" * 20)
-    given = "--data text.txt --minutes 0.15 --device cpu --log_interval 20"
+    given = "--data text.txt --minutes 0.15 --device cpu --log_interval 1"
     given += " --n_layer 1 --n_head 2 --n_embd 16 --block_size 8 --batch_size 4"
     command = [sys.executable, train.__file__, *given.split()]
     start = time.perf_counter()
@@ -262,7 +262,7 @@ def test_with_minutes_the_whole_process_ends_in_time_with_the_settings_it_told_b
 
     metrics = train.read_metrics(str(tmp_path / "out" / "metrics.jsonl"))
     rates, losses = ([m[name] for m in metrics if name in m] for name in ("lr", "train_loss"))
-    after_warm_up = rates[5:]  # 20 steps of it at most, and a line each 20 steps
+    after_warm_up = rates[20:]
     assert after_warm_up == sorted(after_warm_up, reverse=True) and rates[-1] < 0.02 * max(rates)
     assert losses[-1] < losses[0] - 1 and metrics[-1]["seconds"] <= seconds
     assert "a sample:" in done.stdout
