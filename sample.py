@@ -103,7 +103,9 @@ def main(argv):
             ) from None
         if not is_out_of_memory(error):
             raise
-        raise UserError("out of memory; lower --num_beams or --num_samples, or write with a smaller model") from None
+        many = [f"--{name}" for name in ("num_beams", "num_samples") if getattr(options, name) > 1]
+        lower = f"lower {' or '.join(many)}, or " if many else ""
+        raise UserError(f"out of memory; {lower}write with a smaller model") from None
 
 
 def read_prompt(options):

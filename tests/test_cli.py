@@ -549,6 +549,16 @@ def test_a_character_that_the_terminal_cannot_show_is_no_error(finished):
     assert (result.status, result.err) == (0, "") and result.out.startswith("?") and len(result.out) == 7
 
 
+def test_where_memory_is_short_the_flags_that_ask_for_much_are_to_be_lowered(command, finished, monkeypatch):
+    monkeypatch.setattr(sample, "sample", lambda *_: torch.empty(10**15))
+    for flags, remedy in (
+        ([], "write with a smaller model"),
+        (["--num_samples", 9], "lower --num_samples, or write with a smaller model"),
+        (["--num_samples", 2, "--num_beams", 3], "lower --num_beams or --num_samples, or write with a smaller model"),
+    ):
+        assert command(sample, *flags) == (2, "", f"sample.py: error: out of memory; {remedy}\n")
+
+
 @pytest.mark.parametrize("n", [0, 1, 16, 17, 100])  # block_size is 16
 def test_max_new_tokens_is_exact_and_may_exceed_the_block_size(write, n):
     assert len(write("--prompt", "The ", "--max_new_tokens", n)) == 4 + n + 1
