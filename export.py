@@ -19,6 +19,7 @@ import html
 import importlib
 import inspect
 import json
+import math
 import os
 import re
 import textwrap
@@ -230,7 +231,8 @@ def training_facts(out_dir):
     if os.path.exists(path):
         losses = [m["val_loss"] for m in read_metrics(path) if "val_loss" in m]
         if losses:
-            facts.append(("validation loss", f"{min(losses):.3f} nats per token"))
+            loss = min(losses)
+            facts.append(("validation loss", f"{loss / math.log(2):.2f} bits per token ({loss:.3f} nats)"))
     return facts
 
 
@@ -249,10 +251,10 @@ def model_facts(model, spec, how, size_mb):
 
 
 WEIGHTS_WORDS = {
-    "float16": "The weights are in float16, half the bytes of those that were trained, and differ from them by a "
-    "two-thousandth at most.",
+    "float16": "The weights are in float16, half the bytes of those that were trained, and all but the tiniest differ "
+    "from them by a two-thousandth at most.",
     "int8": "The weights are in int8, a quarter of the bytes of those that were trained: each is the nearest of 255 "
-    "even steps between the largest of its row and minus that.",
+    "evenly spaced values between the largest in size of its row and minus that.",
 }
 
 

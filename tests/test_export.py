@@ -986,7 +986,7 @@ def test_the_command_writes_the_page_and_says_so(command, run_directory, tmp_pat
     assert re.fullmatch(r"page\.html: \d+\.\d MB, weights in float16\. Open it in a browser\.\n", result.out)
     assert "<title>Mill &amp; &lt;Co&gt;</title>" in page
     data = json.loads(re.search(r'id="model-data">(.*?)</script>', page).group(1))
-    assert data["prompt"] == "Hello" and ["validation loss", "1.250 nats per token"] in data["facts"]
+    assert data["prompt"] == "Hello" and ["validation loss", "1.80 bits per token (1.250 nats)"] in data["facts"]
     assert command(export, "--title", "\udcff", "--html", "odd.html").status == 0, "a name that is no UTF-8"
     assert "<title>?</title>" in (tmp_path / "odd.html").read_text(encoding="utf-8")
     before = contents(run_directory)
