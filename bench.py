@@ -300,7 +300,7 @@ def quality(options):
     print(f"{machine(torch.device('cpu'))}; {options.data}\n  {'':<29}{'seconds':>9}{'val loss':>10}{'bits/byte':>11}")
     for seed in range(1, options.rounds + 1):
         if options.nanogpt is not None:
-            rows.append(dict(system="nanoGPT, its CPU setting", seed=seed, **nanogpt_run(options.nanogpt, data, seed)))
+            rows.append(dict(system="nanoGPT, its CPU setting", **nanogpt_run(options.nanogpt, data)))
             print_quality(rows[-1])
         for minutes in times:
             rows.append(dict(system=f"--minutes {minutes:g}", seed=seed, **our_run(options, minutes, seed)))
@@ -357,7 +357,7 @@ def train_process(options, folder, seed, *flags):
     return dict(seconds=seconds, **whole_val_loss(out, options.data))
 
 
-def nanogpt_run(clone, data, seed):
+def nanogpt_run(clone, data):
     """nanoGPT's README run for a computer without a GPU, on our text: its seconds and the val loss of its weights."""
     with tempfile.TemporaryDirectory() as folder:
         copy = os.path.join(folder, "nanogpt")

@@ -83,7 +83,7 @@ def write(path, options):
         model = GPT(GPTConfig(block_size=256, vocab_size=65, n_layer=6, n_head=6, n_embd=384))
     settings = export.ExportOptions(out_dir=options.out_dir or "a random model", weights=options.weights)
     page, how = export.page_of(model, tokenizer, settings)
-    path.write_text(page, encoding="utf-8", newline="\n")
+    path.write_bytes(page.encode(errors="replace"))
     return how
 
 

@@ -54,12 +54,12 @@ def check_json(path):
     if path is None:
         return
     if os.path.exists(path) and not os.path.isfile(path):
-        raise UserError(f"--json {path}: cannot be written (it is no file)")
+        raise UserError(f"--json {path}: cannot be written (it is no file); name another")
     try:
         open(f"{path}.tmp", "w").close()  # where utils.write_json begins
         os.remove(f"{path}.tmp")
     except OSError as error:
-        raise UserError(f"--json {path}: cannot be written ({error.strerror})") from None
+        raise UserError(f"--json {path}: cannot be written ({error.strerror}); name another file") from None
 
 
 def finished(command, what, **settings):

@@ -14,7 +14,8 @@ it lies; a modern model has the same files, but transformers knows no such model
 
 No pickle in a file is ever executed: weights are safetensors, all else is read with torch.load(weights_only=True), or,
 where a run was sharded, by a reader that takes plain classes only (sharding.py).
-Every file is written beside its place, synced, and renamed over it, so that a crash leaves the old one or the new one.
+Weights, states and all JSON files are written beside their places, synced, and renamed over them, so that a crash
+leaves the old one or the new one.
 Weights and states carry a checksum, so that what was damaged on the disk is noticed.
 """
 
@@ -40,7 +41,16 @@ from model import GPT, GPTConfig
 from modern import Modern, ModernConfig
 from sharding import file_sum, write_tensors
 from tokenizer import ByteTokenizer, CharTokenizer, load_tokenizer, save_tokenizer
-from utils import UserError, first_line, memory_of, missing_extra, sync_directory, write_atomically, write_json
+from utils import (
+    UserError,
+    first_line,
+    is_out_of_memory,
+    memory_of,
+    missing_extra,
+    sync_directory,
+    write_atomically,
+    write_json,
+)
 
 METRICS = "metrics.jsonl"
 MODERN_TYPE = "nanogpt-modern"  # in config.json, where a GPT has "gpt2"
@@ -59,9 +69,9 @@ def _read_json(path):
         with open(path, encoding="utf-8") as f:
             content = json.load(f)
     except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path}: cannot be read as JSON ({error})") from None
+        raise UserError(f"{path}: cannot be read as JSON ({error}); restore it") from None
     if not isinstance(content, dict):
-        raise UserError(f"{path}: does not hold a JSON object")
+        raise UserError(f"{path}: does not hold a JSON object; restore it")
     return content
 
 
@@ -74,6 +84,8 @@ def _load_torch(path):
     except pickle.UnpicklingError:
         raise UserError(f"{path}: is damaged, or a pickle that could run code; it was not loaded") from None
     except Exception as error:  # a damaged file shows as one of a dozen classes, depending on where the damage lies
+        if is_out_of_memory(error):  # the file may be whole
+            raise
         reason = first_line(error) or type(error).__name__
         raise UserError(f"{path}: cannot be read, it may be truncated ({reason})") from None
 
@@ -83,7 +95,7 @@ def _named_tensors(path, content):
     if not isinstance(content, dict) or not all(
         isinstance(name, str) and isinstance(tensor, torch.Tensor) for name, tensor in content.items()
     ):
-        raise UserError(f"{path}: holds no weights (tensors by name)")
+        raise UserError(f"{path}: holds no weights (tensors by name); give a file that does")
     return content
 
 
@@ -105,7 +117,7 @@ def _load_noted(path):
             notes = f.metadata() or {}
             tensors = {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118
     except (OSError, SafetensorError) as error:
-        raise UserError(f"{path}: cannot be read, it may be truncated ({error})") from None
+        raise UserError(f"{path}: cannot be read, it may be truncated ({error}); restore it") from None
     if notes.pop(CHECKSUM, None) not in (None, _checksum(tensors, notes)):
         raise UserError(f"{path}: is damaged, its checksum does not match; restore it or train again")
     return tensors, notes
@@ -245,7 +257,8 @@ def load_model(path_or_name, block_size=None, dropout=None):
         )
     if block_size is not None and block_size != config.block_size:
         if block_size > config.block_size:
-            raise UserError(f"--block_size {block_size}: {path_or_name} knows only {config.block_size} positions")
+            knows = f"{path_or_name} knows only {config.block_size} positions"
+            raise UserError(f"--block_size {block_size}: {knows}; lower it, or leave it out")
         config.block_size = block_size
         if "transformer.wpe.weight" in weights:
             weights["transformer.wpe.weight"] = weights["transformer.wpe.weight"][:block_size]
@@ -253,7 +266,8 @@ def load_model(path_or_name, block_size=None, dropout=None):
         config.dropout = dropout
     if tokenizer is not None and tokenizer.vocab_size > config.vocab_size:
         raise UserError(
-            f"{path_or_name}: its tokenizer has {tokenizer.vocab_size} tokens, its model only {config.vocab_size}"
+            f"{path_or_name}: its tokenizer has {tokenizer.vocab_size} tokens, its model only {config.vocab_size}; "
+            f"put the files of one model together"
         )
     _check_sizes(path_or_name, config, weights)
     if isinstance(config, ModernConfig):
@@ -264,7 +278,9 @@ def load_model(path_or_name, block_size=None, dropout=None):
     try:
         model.load_state_dict(weights)
     except RuntimeError as error:
-        raise UserError(f"{path_or_name}: its weights do not fit its own config ({_first_problem(error)})") from None
+        raise UserError(
+            f"{path_or_name}: its weights do not fit its own config ({_first_problem(error)}); restore both"
+        ) from None
     ours = isinstance(tokenizer, (CharTokenizer, ByteTokenizer))
     if ours and tokenizer.vocab_size < config.vocab_size:  # that of another run
         kind = "characters" if isinstance(tokenizer, CharTokenizer) else "bytes"
@@ -301,7 +317,7 @@ def _check_sizes(path, config, weights):
     if config.n_layer > layers:
         problems.append(f"they are those of {layers} layers, not of {config.n_layer}")
     if problems:
-        raise UserError(f"{path}: its weights do not fit its own config ({problems[0]})")
+        raise UserError(f"{path}: its weights do not fit its own config ({problems[0]}); restore both")
     memory = memory_of(torch.device("cpu"))
     if modern and memory is not None and _context_bytes(config) > memory:
         raise UserError(
@@ -353,7 +369,7 @@ def _read_directory(directory):
             bias=c.get("bias", True),
         )
     except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{path}: is no complete GPT-2 config ({error})") from None
+        raise UserError(f"{path}: is no complete GPT-2 config ({error}); restore it") from None
     if c.get("n_inner") not in (None, 4 * config.n_embd):
         raise UserError(f"{path}: has n_inner = {c['n_inner']}; this GPT-2 has 4 x n_embd only")
     weights = {}
@@ -373,7 +389,7 @@ def _read_modern(path, c):
     try:
         return ModernConfig(**{f.name: c[f.name] for f in fields(ModernConfig)})
     except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{path}: is no complete config ({error!r})") from None
+        raise UserError(f"{path}: is no complete config ({error!r}); restore it") from None
 
 
 def _read_weights(directory):
@@ -385,10 +401,12 @@ def _read_weights(directory):
         if os.path.exists(f"{path}.index.json"):
             weight_map = _read_json(f"{path}.index.json").get("weight_map")
             if not isinstance(weight_map, dict) or not all(isinstance(part, str) for part in weight_map.values()):
-                raise UserError(f"{path}.index.json: has no weight_map that names files")
+                raise UserError(f"{path}.index.json: has no weight_map that names files; restore it")
             parts = sorted({os.path.basename(part) for part in weight_map.values()})  # never out of the directory
             return {k: v for part in parts for k, v in read(os.path.join(directory, part)).items()}
-    raise UserError(f"{directory}: has a config.json but neither model.safetensors nor pytorch_model.bin")
+    raise UserError(
+        f"{directory}: has a config.json but neither model.safetensors nor pytorch_model.bin; put one there"
+    )
 
 
 def _read_nanogpt(path):
@@ -401,7 +419,7 @@ def _read_nanogpt(path):
     try:
         config = GPTConfig(**saved["model_args"])
     except (TypeError, ValueError) as error:
-        raise UserError(f"{path}: its model_args do not describe a GPT ({error})") from None
+        raise UserError(f"{path}: its model_args do not describe a GPT ({error}); restore it") from None
     model, prefix = _named_tensors(path, saved["model"]), "_orig_mod."  # torch.compile's, where the run was compiled
     weights = {k[len(prefix) :] if k.startswith(prefix) else k: v for k, v in model.items()}
     return config, {k: v for k, v in weights.items() if not k.endswith(".attn.bias")}

@@ -134,7 +134,7 @@ def load_prepared(source, tokenizer):
     except UserError as error:
         raise UserError(f"--data {error}") from None
     if isinstance(tokenizer, str):
-        raise UserError(f"--data {source}: is in tokens already; give the text itself, or no --tokenizer")
+        raise UserError(f"--data {source}: is in tokens already; give the text itself")
     if tokenizer is not None and tokenizer_hash(tokenizer) != tokenizer_hash(data.tokenizer):
         raise OtherTokenizer(source)
     if len(data.train) < 2 or len(data.val) < 2:

@@ -23,7 +23,7 @@ import math
 import os
 import re
 import textwrap
-from contextlib import suppress
+from contextlib import redirect_stdout, suppress
 from dataclasses import asdict, dataclass
 from typing import Optional
 
@@ -220,19 +220,20 @@ def first_prompt(tokenizer, wanted):
 
 
 def training_facts(out_dir):
-    """What a run's directory tells of how its model came about: [(name, value)], empty for one that is none."""
+    """What a run's directory tells of how its model came about: [(name, value)], empty for one that is none.
+
+    The model is that of the best evaluation, which the run may have gone on from.
+    """
     facts = []
-    with suppress(UserError):  # there is no state, or it is damaged: the model is whole without it
-        state = load_state(out_dir)
-        data, counters = os.path.basename(os.path.normpath(str(state["options"].get("data")))), state["counters"]
-        facts.append(("trained on", data))
-        facts.append(("trained for", f"{counters['tokens']:,} tokens in {counters['step']:,} steps"))
+    with suppress(UserError), redirect_stdout(None):  # no state, or a damaged one: the model is whole without it
+        data = str(load_state(out_dir)["options"].get("data"))
+        facts.append(("trained on", os.path.basename(os.path.normpath(data))))
     path = os.path.join(out_dir, METRICS)
-    if os.path.exists(path):
-        losses = [m["val_loss"] for m in read_metrics(path) if "val_loss" in m]
-        if losses:
-            loss = min(losses)
-            facts.append(("validation loss", f"{loss / math.log(2):.2f} bits per token ({loss:.3f} nats)"))
+    evaluations = [m for m in read_metrics(path) if "val_loss" in m] if os.path.exists(path) else []
+    if evaluations:
+        best = min(evaluations, key=lambda m: m["val_loss"])
+        loss = f"{best['val_loss'] / math.log(2):.2f} bits per token ({best['val_loss']:.3f} nats)"
+        facts += [("trained for", f"{best['tokens']:,} tokens in {best['step']:,} steps"), ("validation loss", loss)]
     return facts
 
 
@@ -270,7 +271,7 @@ def million(n):
 def build_page(model, spec, how, prompt="", title=None, training=()):
     """The page as text. spec: tokenizer_spec's; how: float16 or int8; training: more facts [(name, value)]."""
     tensors = page_tensors(model)
-    weights = base64.b64encode(b"".join(packed(t, how) for t in tensors.values())).decode()
+    weights = b"".join(packed(t, how) for t in tensors.values())
     c = model.config
     header = {
         "architecture": type(model).__name__,
@@ -289,7 +290,7 @@ def build_page(model, spec, how, prompt="", title=None, training=()):
         "policy": content_policy(template),
         "weights_words": WEIGHTS_WORDS[how],
         "data": json_in_html(data),
-        "weights": weights,
+        "weights": base64.b64encode(weights).decode(),
     }
 
     def fill(match):

@@ -528,7 +528,7 @@ def beam_search(
         step = F.log_softmax(logits.to(dtype), dim=-1)  # (b, V)
         V = step.size(1)
         totals = (log_probs[:, None] + step).flatten()  # (b * V,)
-        # At most num_beams of the candidates can end, so twice as many leave enough that go on.
+        # Twice as many as beams, so that some go on where others end. Should all of them end, the search is over.
         values, order = totals.topk(min(2 * num_beams, len(totals)))  # NaN counts as the highest
         check_numbers(values[0])
         rows, kept = [], []

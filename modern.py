@@ -96,7 +96,8 @@ class NGrams(nn.Module):
     def rows(self, tokens):
         """Which row is that of each run that ends at a token: (B, n - 1 + T) -> (B, T, n - 1), the shortest first."""
         device, factors = tokens.device, self.factors
-        if device.type == "mps" and torch.__version__ < "2.8":  # an Apple GPU took remainders in float32 until then
+        # An Apple GPU took remainders in float32 until then. (PyTorch's version compares as numbers do.)
+        if device.type == "mps" and torch.__version__ < "2.8":
             tokens, factors = tokens.cpu(), factors.cpu()
         newest_first = tokens.unfold(1, self.n, 1).flip(2)  # (B, T, n): each token, then those before it
         numbers = ((newest_first + 2) * factors).cumsum(dim=2)  # (B, T, n): of the run of each length

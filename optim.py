@@ -30,7 +30,10 @@ def build_optimizers(model, options, device):
         adamw["capturable"] = True  # its learning rates are then tensors, which a replay reads anew
     if options.arch == "modern":
         if not hasattr(torch.optim, "Muon"):
-            raise UserError(f"--arch modern needs PyTorch 2.9 or newer for its Muon optimizer, not {torch.__version__}")
+            raise UserError(
+                f"--arch modern: needs PyTorch 2.9 or newer for its Muon optimizer, not {torch.__version__}; update "
+                f"it, or take --arch gpt"
+            )
         matrices = [p for p in model.layers.parameters() if p.dim() == 2]
         ngrams = [] if model.ngrams is None else [model.ngrams.table.weight]
         others = set(map(id, matrices + ngrams))
@@ -165,7 +168,7 @@ def has_copy(device, dtype, processes, sharded):
 
 
 def has_recording(options, device, processes):
-    """Does a Learner of so many processes record its steps? Not with gradient checkpointing: see Learner.records."""
+    """Does a Learner of so many processes record its steps, where its model has no gradient checkpointing?"""
     return options.record and processes == 1 and can_be_recorded(device)
 
 
@@ -177,7 +180,7 @@ class Learner:
     updates the float32 weights, and copies them over. Several GPUs, float16 and an Apple GPU compute under autocast,
     and the float32 weights learn.
 
-    On an NVIDIA GPU that works alone the steps are recorded, all but the first, and replayed (graphs.RecordedStep).
+    On an NVIDIA GPU that works alone the fourth step is recorded, and replayed from then on (graphs.RecordedStep).
 
     Several processes have the same weights, and average the gradients of their shares of the batch: by PyTorch's
     DistributedDataParallel while the backward pass is still at work, or, where a bfloat16 copy computes, in one message

@@ -67,7 +67,8 @@ def check_directory(options, lock):
     try:
         lock.take(options.out_dir)
     except OSError as error:
-        raise UserError(f"--out_dir {options.out_dir}: cannot be written ({error.strerror})") from None
+        problem = f"--out_dir {options.out_dir}: cannot be written ({error.strerror})"
+        raise UserError(f"{problem}; name another directory, or allow writing there") from None
     if not (options.resume or options.fresh):
         raise UserError(
             f"--out_dir {options.out_dir}: already holds a run; add --resume to go on with it, --fresh to move it "
@@ -105,13 +106,15 @@ def make_directory(options, lock):
 def check_memory(options, vocab_size):
     """Raises UserError where the run cannot fit in this machine's memory, before it is filled up or takes forever.
 
-    Counts what is certain: 16 bytes a parameter (weight, gradient, AdamW's two means) and a batch's tokens and logits.
+    Counts what is certain: 16 bytes a parameter (weight, gradient, AdamW's two means, of which Muon has one), or the 4
+    with which one is made that is then spread over processes; and a batch's tokens and logits.
     """
     o = options
     rows = vocab_size + o.block_size + (o.ngram_rows if o.ngram > 1 else 0)
-    parameters = 12 * o.n_layer * o.n_embd**2 + rows * o.n_embd
+    matrices = 12 * o.n_layer * o.n_embd**2
+    parameters = matrices + rows * o.n_embd
     tokens = o.batch_size * o.block_size
-    learned = 16 * parameters
+    learned = 4 * parameters if o.shard else 16 * parameters - (4 * matrices if o.arch == "modern" else 0)
     needed = learned + 4 * tokens * vocab_size + 16 * tokens * o.gradient_accumulation_steps
     memory = memory_of(torch.device("cpu"))
     if torch.cuda.is_available():

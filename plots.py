@@ -368,7 +368,8 @@ def coloured_tokens(rows, names, columns=76):
         corner = (wide * (x - 0.1), high * (line - 0.42))
         axes.add_patch(Rectangle(corner, wide * (len(text) + 0.2), 0.84 * high, facecolor=tint))
         middle = wide * (x + len(text) / 2)
-        axes.text(middle, high * line, text, ha="center", va="center", fontsize=11, family="monospace")
+        plain = text.replace("$", r"\$")  # two of them would begin and end a formula
+        axes.text(middle, high * line, plain, ha="center", va="center", fontsize=11, family="monospace")
     return figure
 
 

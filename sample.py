@@ -120,9 +120,11 @@ def read_prompt(options):
         with open(options.prompt_file, encoding="utf-8-sig", newline="") as f:
             return f.read()
     except OSError as error:
-        raise UserError(f"--prompt_file {options.prompt_file}: cannot be read ({error.strerror})") from None
+        raise UserError(
+            f"--prompt_file {options.prompt_file}: cannot be read ({error.strerror}); check the name"
+        ) from None
     except UnicodeDecodeError:
-        raise UserError(f"--prompt_file {options.prompt_file}: is not UTF-8 text") from None
+        raise UserError(f"--prompt_file {options.prompt_file}: is not UTF-8 text; save it as such") from None
 
 
 def check(options, given):

@@ -109,7 +109,7 @@ def copies(tensors, processes):
 
     def copied(tensor):
         part = own(tensor).detach().to("cpu", copy=True)
-        if part.shape == tensor.shape and not hasattr(tensor, "placements"):
+        if not hasattr(tensor, "placements"):
             return part
         shape = dict(shape=tensor.shape, stride=tensor.stride())
         return DTensor.from_local(part, mesh, tensor.placements, run_check=False, **shape)
@@ -220,10 +220,17 @@ def safe_reader(directory):
 
 
 class _Contents(pickle.Unpickler):
-    """Unpickles the plain classes of which a table of contents consists, and refuses every other."""
+    """Unpickles the plain classes of which a table of contents consists, and refuses every other name.
+
+    By name, each of them: pickle follows dots, and a module has what it imports itself ("os.system").
+    """
+
+    METADATA_CLASSES = ("Metadata", "MetadataIndex", "TensorStorageMetadata", "BytesStorageMetadata")
+    METADATA_CLASSES += ("ChunkStorageMetadata", "TensorProperties", "StorageMeta", "_MEM_FORMAT_ENCODING")
 
     def find_class(self, module, name):
-        plain = module == "torch.distributed.checkpoint.metadata" or (module, name) in {
+        plain = (module, name) in {
+            *(("torch.distributed.checkpoint.metadata", name) for name in self.METADATA_CLASSES),
             ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
             ("torch", "Size"),
             ("torch.serialization", "_get_layout"),

@@ -9,6 +9,7 @@ A prepared directory holds
     train-00000.bin train-00001.bin ... val-00000.bin ...    the tokens of the two splits, in order
     tokenizer.json  tokenizer_config.json                    the tokenizer
     prepared.json                                            what was prepared, and which shards are finished
+    prepare.lock                                             held while `prepare` is at work
 
 A shard is a header of 128 bytes (`Header`) and its tokens, little-endian, two bytes each or, for a vocabulary above
 65,536, four. Its checksum stands in the header: `prepare` and `python data.py check` verify it, and so does every run
@@ -221,7 +222,7 @@ def open_prepared(source):
     chosen = None
     if source.endswith(".bin"):
         chosen = {os.path.basename(path) for path in find_files(source)}
-        directory = os.path.dirname(source)
+        directory = os.path.dirname(source) or "."
         if not holds_prepared(directory):
             raise UserError(f"{source}: has no {MANIFEST} beside it, as `python data.py prepare` writes; give the text")
         source = directory
@@ -476,6 +477,8 @@ class _Encoders:
         self.pool, self.directory = None, directory
         self.others = multiprocessing.active_children()  # of whoever called prepare
         self.processes = processes or (os.cpu_count() or 1 if characters > SMALL else 1)
+        if os.name == "nt":  # which can wait for no more at a time
+            self.processes = min(self.processes, 61)
         if self.processes > 1:
             context = multiprocessing.get_context("spawn")  # a fork would copy locks that other threads hold
             self.pool = ProcessPoolExecutor(self.processes, context, _begin_worker, (directory,))

@@ -307,7 +307,9 @@ def load_tokenizer(directory):
     try:
         bpe = tokenizers.Tokenizer(tokenizers.models.BPE.from_file(*pair))
     except Exception as error:  # the library raises bare Exceptions for a damaged file
-        raise UserError(f"{directory}: its tokenizer cannot be read ({error})") from None
+        raise UserError(
+            f"{directory}: its tokenizer cannot be read ({error}); restore vocab.json and merges.txt"
+        ) from None
     bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = tokenizers.decoders.ByteLevel()
     return LibraryTokenizer(bpe)

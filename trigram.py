@@ -58,12 +58,7 @@ class Trigram:
 
     @classmethod
     def from_tokens(cls, tokens, vocab_size):
-        """The model of a text, tokens (N,). Raises UserError where the vocabulary is too large for a table."""
-        if vocab_size > MOST_CHARS:
-            raise UserError(
-                f"{vocab_size} different characters are too many for a table of triples; "
-                f"give a text with at most {MOST_CHARS}, or use train.py"
-            )
+        """The model of a text, tokens (N,)."""
         cut = len(tokens) - len(tokens) // 10
         voices, seen = count_voices(tokens[:cut], vocab_size)
         a, b, c = triples(tokens[max(0, cut - 2) :])  # each (M,): the held-out c, the first with what came before it
@@ -142,6 +137,11 @@ def main(argv):
     options, _ = parse_options(TrigramOptions, argv, "Chapter 2: count which character follows which two.")
     data = load_data(options.data, "chars")
     V = data.tokenizer.vocab_size
+    if V > MOST_CHARS:
+        raise UserError(
+            f"--data {options.data}: has {V} different characters, too many for a table of triples; give a text with "
+            f"at most {MOST_CHARS}, or use train.py"
+        )
     print(f"counting {len(data.train) - 2:,} triples of {V} characters, fitting weights on the last tenth of them")
     model = Trigram.from_tokens(data.train, V)
 

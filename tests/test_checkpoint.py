@@ -492,6 +492,15 @@ def test_the_newest_states_are_kept_and_no_more(tmp_path, keep):
     assert load_state(str(tmp_path))["counters"]["step"] == 11
 
 
+def test_a_state_for_which_there_is_no_memory_is_not_called_damaged(tmp_path, monkeypatch, capsys):
+    for step in (1, 2):
+        save_state(str(tmp_path), {"counters": {"step": step}}, keep=2)
+    monkeypatch.setattr(torch, "load", lambda *_, **__: torch.empty(10**15))
+    with pytest.raises(RuntimeError, match="allocate memory"):
+        load_state(str(tmp_path))
+    assert capsys.readouterr().out == ""
+
+
 def test_a_damaged_state_takes_no_place_of_a_whole_one_nor_does_one_of_a_dropped_future(tmp_path, capsys):
     for step in (8, 9, 10):
         save_state(str(tmp_path), numbered(step), 3)

@@ -446,6 +446,10 @@ def test_no_pickle_is_executed_for_a_state(sharded, tmp_path):
     (sharded / "state.dcp" / ".metadata").write_bytes(pickle.dumps(Bomb()))
     with pytest.raises(UserError, match=r"\.metadata: is damaged \(it names posix.system\)"):
         sharding.safe_reader(str(sharded / "state.dcp")).read_metadata()
+    inside = b"\x80\x04\x8c\x25torch.distributed.checkpoint.metadata\x8c\x09os.system\x93\x8c\x06exit 1\x85R."
+    (sharded / "state.dcp" / ".metadata").write_bytes(inside)  # by way of a module that is allowed
+    with pytest.raises(UserError, match=r"is damaged \(it names torch.distributed.checkpoint.metadata.os.system\)"):
+        sharding.safe_reader(str(sharded / "state.dcp")).read_metadata()
     assert not (tmp_path / "exploded").exists()
 
 

@@ -979,7 +979,10 @@ def run_directory(make_model, tmp_path):
 
 
 def test_the_command_writes_the_page_and_says_so(command, run_directory, tmp_path):  # noqa: F811
-    (run_directory / "metrics.jsonl").write_text('{"step": 1, "val_loss": 2.5}\n{"step": 2, "val_loss": 1.25}\n{"st')
+    (run_directory / "metrics.jsonl").write_text(
+        '{"step": 1, "tokens": 80, "val_loss": 2.5}\n{"step": 2, "tokens": 160, "val_loss": 1.25}\n'
+        '{"step": 3, "tokens": 240, "val_loss": 1.5}\n{"st'
+    )
     result = command(export, "--html", "page.html", "--title", "Mill & <Co>", "--prompt", "Hello")
     assert (result.status, result.err) == (0, "")
     page = (tmp_path / "page.html").read_text(encoding="utf-8")
@@ -987,6 +990,9 @@ def test_the_command_writes_the_page_and_says_so(command, run_directory, tmp_pat
     assert "<title>Mill &amp; &lt;Co&gt;</title>" in page
     data = json.loads(re.search(r'id="model-data">(.*?)</script>', page).group(1))
     assert data["prompt"] == "Hello" and ["validation loss", "1.80 bits per token (1.250 nats)"] in data["facts"]
+    assert ["trained for", "160 tokens in 2 steps"] in data["facts"], "as the weights were that are in the page"
+    facts = dict(data["facts"])
+    assert facts["weights"] == f"float16, {2 * int(facts['parameters'].replace(',', '')) / 1e6:.1f} MB"
     assert command(export, "--title", "\udcff", "--html", "odd.html").status == 0, "a name that is no UTF-8"
     assert "<title>?</title>" in (tmp_path / "odd.html").read_text(encoding="utf-8")
     before = contents(run_directory)
@@ -1089,7 +1095,7 @@ def test_the_readmes_pictures_can_be_drawn_anew(command, run_directory, browser,
 
     monkeypatch.setattr(pictures, "HERE", tmp_path)
     monkeypatch.setattr(pictures, "NEW_TOKENS", 120)
-    (run_directory / "metrics.jsonl").write_text('{"step": 1, "train_loss": 2.5, "val_loss": 2.5}\n')
+    (run_directory / "metrics.jsonl").write_text('{"step": 1, "tokens": 8, "train_loss": 2.5, "val_loss": 2.5}\n')
     assert command(pictures).status == 0
     for name in ("page-light.webp", "page-dark.webp", "loss.png", "lens.png"):
         signature = (tmp_path / name).read_bytes()[:12]
@@ -1099,10 +1105,10 @@ def test_the_readmes_pictures_can_be_drawn_anew(command, run_directory, browser,
 
 @pytest.mark.parametrize("data, name", [("texts/", "texts"), ("my, tales.txt", "my, tales.txt"), ("a/b.txt", "b.txt")])
 def test_the_page_names_the_text_it_was_trained_on(make_model, monkeypatch, tmp_path, data, name):
-    state = dict(options=dict(data=data), counters=dict(tokens=10_240, step=10))
+    state = dict(options=dict(data=data))
     monkeypatch.setattr(export, "load_state", lambda out_dir: state)
     facts = export.training_facts(str(tmp_path))
-    assert facts == [("trained on", name), ("trained for", "10,240 tokens in 10 steps")]
+    assert facts == [("trained on", name)]
     page = export.build_page(
         random_model(make_model, "gpt", 3), {"kind": "characters", "tokens": "abc"}, "int8", "", None, facts
     )

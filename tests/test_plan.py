@@ -383,6 +383,20 @@ def test_sizes_that_no_memory_holds_are_refused_before_the_model_is_made(sizes, 
         plan.build_model(make_options(arch=arch, **sizes), vocab_size=50)
 
 
+def test_what_each_kind_of_run_is_sure_to_take_is_counted(monkeypatch):
+    matrices, rows, refused = 12 * 2 * 16**2, 50 + 8, []
+    for more in (dict(), dict(arch="modern", ngram=1), dict(shard=True)):
+        each = 16 * (matrices + rows * 16) - (4 * matrices if "arch" in more else 0)
+        least = (4 * (matrices + rows * 16) if "shard" in more else each) + 4 * 4 * 8 * (50 + 4)
+        for memory in (least - 1, least):
+            monkeypatch.setattr(plan, "memory_of", lambda device, memory=memory: memory)
+            try:
+                check_memory(make_options(n_layer=2, n_embd=16, block_size=8, batch_size=4, **more), 50)
+            except UserError:
+                refused.append((memory - least, more))
+    assert [by for by, _ in refused] == [-1, -1, -1], refused
+
+
 def test_the_sizes_of_the_description_are_not_refused():
     check_memory(train.TrainOptions(), vocab_size=100)
     check_memory(

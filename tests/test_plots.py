@@ -239,6 +239,14 @@ def test_coloured_tokens_show_every_piece_once_and_in_order_even_where_a_row_is_
     assert png(figure).startswith(b"\x89PNG")
 
 
+def test_coloured_tokens_may_be_formulas():
+    figure = plots.coloured_tokens([["$$", "$_$", "x"]], ["LaTeX"])
+    assert [patch.get_width() for patch in figure.axes[0].patches] == pytest.approx(
+        [0.103 * n for n in (2.2, 3.2, 1.2)]
+    )
+    assert png(figure).startswith(b"\x89PNG")
+
+
 def test_a_number_table_writes_each_number_in_its_cell():
     figure = plots.number_table(torch.tensor([[1, 2, 0], [0, 12, 3]]), "a ", "xyz", "title")
     axes = figure.axes[0]

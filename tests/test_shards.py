@@ -467,13 +467,15 @@ def test_a_shard_that_the_disk_does_not_give_is_told_with_its_name(out, monkeypa
         verify(path)
 
 
-def test_some_shards_can_be_chosen(prepared):
+def test_some_shards_can_be_chosen(prepared, monkeypatch):
     out = prepared / "out"
     train, val, *_, fingerprint = open_prepared(str(out / "train-0000[01].bin"))
     whole, whole_val, *_, whole_fingerprint = open_prepared(str(out))
     assert torch.equal(train[:], whole[:][: len(train)]) and len(train) < len(whole)
     assert torch.equal(val[:], whole_val[:]) and fingerprint != whole_fingerprint
     refused(out / "val-00000.bin", "none of its shards of the train split was chosen")
+    monkeypatch.chdir(out)
+    refused("val-00000.bin", ".: none of its shards of the train split was chosen", "or .")
 
 
 def test_bin_files_of_others_are_refused(tmp_path):
