@@ -124,7 +124,7 @@ def test_a_pytorch_without_muon_trains_a_gpt_and_refuses_a_modern_model_in_one_l
     batches = make_batch(learner.options) * 5
     losses = take_steps(learner, batches)
     assert losses[-1] < losses[0]
-    with pytest.raises(UserError, match=r"--arch modern needs PyTorch 2\.9 or newer for its Muon") as error:
+    with pytest.raises(UserError, match=r"--arch modern: needs PyTorch 2\.9 or newer for its Muon") as error:
         make_learner("modern")
     assert "\n" not in str(error.value) and torch.__version__ in str(error.value)
 
