@@ -227,14 +227,20 @@ def check_activations(options, config, device, dtype, processes=1):
     """Raises UserError where a step would keep more than the memory of a CPU's machine holds: the system would then end
     the run without a word. Counts what is certain, the forward passes that are computed at the same time."""
     place = Place("", device, dtype, processes, 0.0, True, memory_of(device), options.shard and processes > 1)
-    rows, at_once = micro_batch(options, place)
-    kept = at_once * activation_bytes(config, rows * config.block_size, place, options.gradient_checkpointing)
-    if device.type == "cpu" and place.memory is not None and kept > place.memory:
-        remedy = "" if options.gradient_checkpointing else ", or add --gradient_checkpointing"
-        raise UserError(
-            f"a step would keep {kept / 2**30:,.0f} GiB for its backward pass and this machine has "
-            f"{place.memory / 2**30:.0f}; lower --n_layer ({config.n_layer}), --n_embd or --block_size{remedy}"
-        )
+
+    def kept(checkpointing=options.gradient_checkpointing, **changes):
+        rows, at_once = micro_batch(replace(options, gradient_checkpointing=checkpointing), place)
+        return at_once * activation_bytes(replace(config, **changes), rows * config.block_size, place, checkpointing)
+
+    if device.type != "cpu" or place.memory is None or kept() <= place.memory:
+        return
+    ways = [(f"lower --n_layer ({config.n_layer})", dict(n_layer=1))]
+    ways += [("add --gradient_checkpointing", dict(checkpointing=True)), ("add --dropout 0", dict(dropout=0.0))]
+    enough = [words for words, change in ways if kept(**change) <= place.memory]
+    raise UserError(
+        f"a step would keep {kept() / 2**30:,.0f} GiB for its backward pass and this machine has "
+        f"{place.memory / 2**30:.0f}; {' or '.join([*enough, f'lower --block_size ({config.block_size})'])}"
+    )
 
 
 def logit_bytes(config, tokens):
@@ -454,9 +460,11 @@ def print_memory(model, options, place, data):
 def remedy(model, options, place, data):
     """What makes a run fit that does not, in words: a smaller batch, activations computed again, or a smaller model."""
     fewer = dict(batch_size=place.processes) if options.batch_size > place.processes else {}
+    once = dict(gradient_accumulation_steps=1) if options.batch_size % place.processes == 0 else {}
     again = {} if options.gradient_checkpointing else dict(gradient_checkpointing=True)
-    ways = [("lower --batch_size", fewer), ("add --gradient_checkpointing", again)]
-    for words, change in [*ways, (" and ".join(words for words, _ in ways), {**fewer, **again})]:
+    ways = [("lower --gradient_accumulation_steps", once)]
+    ways += [("lower --batch_size", fewer), ("add --gradient_checkpointing", again)]
+    for words, change in [*ways, (" and ".join(words for words, _ in ways[1:]), {**fewer, **again})]:
         if peak_bytes(*memory(model, replace(options, **change), place, data)) < place.memory:
             return words
     return "take a smaller model, or lower --block_size"
@@ -483,7 +491,7 @@ def print_time(model, options, place, data, fits):
         remark = f"assumed: {SHARE_OF_PEAK:.0%} of the peak"
     steps = options.max_iters
     if options.minutes is not None:
-        steps = min(steps, int(60 * options.minutes / step))
+        steps = min(steps, int(60 * options.minutes / (step + evaluation / options.eval_interval)))
     tokens, windows = steps * step_tokens, f"{options.batch_size} x {options.gradient_accumulation_steps}"
     print("work")
     print_row("FLOP for a token", f"{flops / 1e6:,.1f} M")
@@ -497,4 +505,6 @@ def print_time(model, options, place, data, fits):
     print_row("a step", f"{1000 * step:,.1f} ms")
     evaluations = math.ceil(steps / options.eval_interval)
     seconds = started + steps * step + evaluations * evaluation
-    print_row("the run", seconds_in_words(seconds if options.minutes is None else 60 * options.minutes))
+    if options.minutes is not None and steps < options.max_iters:
+        seconds = 60 * options.minutes
+    print_row("the run", seconds_in_words(seconds))

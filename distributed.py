@@ -29,6 +29,7 @@ from utils import UserError, environment_number, first_line, pick_device
 TOLD = "error"  # the key in the store that they share under which a process says that it ends with an error
 LISTEN_SECONDS = 0.5  # how often the others look there
 PATIENCE = datetime.timedelta(minutes=30)  # for a process that is slow; one that has ended is noticed at once
+MEETING = datetime.timedelta(minutes=5)  # for all of them to be there, which torchrun starts at the same time
 
 
 class Processes:
@@ -127,13 +128,15 @@ class Processes:
         In a thread of its own, as the process itself may be waiting for the one that has failed.
         """
         while not self.left.wait(LISTEN_SECONDS):
+            said = ""
             try:
                 told = self.store.check([TOLD])
-            except RuntimeError:  # the store has gone, and torchrun with it
-                told = True
+            except RuntimeError:
+                told, remedy = True, "go on with --resume, or with --fresh where nothing was saved yet"
+                said = f"{os.path.basename(sys.argv[0])}: error: torchrun has ended, and its store with it; {remedy}"
             if told and not self.left.is_set():
                 if self.first:
-                    print(file=sys.stderr)  # the end of the progress bar's line
+                    print("\n" + said if said else "", file=sys.stderr)  # first the end of the progress bar's line
                 end_after_the_speaker()
 
     def stop_listening(self):
@@ -239,8 +242,10 @@ def end_after_the_speaker():
 def join():
     """The Processes of torchrun's job, once all of them are there."""
     warnings.filterwarnings("ignore", module="torch.distributed")
-    store, rank, world = next(dist.rendezvous("env://", timeout=PATIENCE))
-    store = dist.PrefixStore(meet(store, rank, world), store)
+    store, rank, world = next(dist.rendezvous("env://", timeout=MEETING))
+    name = meet(store, rank, world)
+    store.set_timeout(PATIENCE)
+    store = dist.PrefixStore(name, store)
     processes = Processes(rank, world, environment_number("LOCAL_RANK", rank), store)
     if not processes.first:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115

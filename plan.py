@@ -358,13 +358,8 @@ def resume(options, given, device, processes=ALONE):
     own = {"resume", "fresh", "out_dir"}  # of this start, given or not: a directory may have been moved
     changed = {name: getattr(options, name) for name in (given & MAY_CHANGE) | own}
     options = replace(options, **{**state["options"], **changed})
-    step, began_with = state["counters"]["step"], state["options"]
-    due = state["counters"].get("due")  # it was stopped in its last evaluation
-    if step >= options.max_iters and not due:
-        raise UserError(f"--resume: the run in {options.out_dir} has done its {step} steps; give a larger --max_iters")
-    ended_by_the_clock = state["progress"] == 1 and step < began_with["max_iters"]
-    if options.minutes is not None and ended_by_the_clock and options.minutes <= began_with["minutes"] and not due:
-        raise UserError(f"--resume: the run in {options.out_dir} has had its {options.minutes:g} minutes; give more")
+    if "resume" in given:  # and not torchrun's next start of workers, one of which died as it said its last words
+        check_what_is_left(options, given, state)
     tokenizer = processes.from_first(lambda: load_tokenizer(options.out_dir))
     if tokenizer is None or tokenizer_hash(tokenizer) != state.get("tokenizer", tokenizer_hash(tokenizer)):
         path = os.path.join(options.out_dir, "tokenizer.json")
@@ -382,6 +377,22 @@ def resume(options, given, device, processes=ALONE):
     if data.fingerprint != state["fingerprint"]:
         raise UserError(f"--data {options.data}: is not the text this run began with; put that back to go on")
     return options, build_model(options, state["config"]["vocab_size"]), data, state
+
+
+def check_what_is_left(options, given, state):
+    """Raises UserError where a run has come to its end, or further than to the one that was given now."""
+    counters, began_with = state["counters"], state["options"]
+    step, due = counters["step"], counters.get("due")  # due: it was stopped in an evaluation, maybe its last one
+    if step > options.max_iters or (step == options.max_iters and not due):
+        raise UserError(f"--resume: the run in {options.out_dir} has done its {step} steps; give a larger --max_iters")
+    if options.minutes is None:
+        return
+    ended_by_the_clock = state["progress"] == 1 and step < began_with["max_iters"] and not due
+    if ended_by_the_clock and options.minutes <= began_with["minutes"]:
+        raise UserError(f"--resume: the run in {options.out_dir} has had its {options.minutes:g} minutes; give more")
+    if "minutes" in given and 60 * options.minutes < counters["seconds"]:
+        had = f"the run in {options.out_dir} has had {counters['seconds'] / 60:.2f}"
+        raise UserError(f"--minutes {options.minutes:g}: {had}; give more, or leave it out")
 
 
 def came_to(name, options, device):

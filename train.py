@@ -464,7 +464,7 @@ def carry_on(options, restarts):
     """The options of workers that torchrun started again because one had died: those of going on by themselves.
 
     Their command line is that of the first start. They go on only where that start had come as far as training in
-    out_dir; a run that was there before is still refused.
+    out_dir; a run that was there before is still refused. Where only the last words are missing they say those.
     """
     if not restarts or lock_owner(options.out_dir).get("job") != torchrun_job():
         return options
@@ -550,12 +550,12 @@ def train_until(at_end, options, given, processes):
         run.due = True  # what the old weights make of the text: to see the gain
     [progress] = stop.agree(run.progress())
     if options.resume and progress == 1 and not run.due:
-        if state["progress"] == 1:  # the clock had ended it
+        if state["progress"] == 1 and "resume" in given:  # the clock had ended it
             raise UserError(
                 f"--minutes {options.minutes:g}: the run has had {run.seconds / 60:.2f} min, and what is left is too "
                 f"short for a step and the end of a run; give more"
             )
-        run.due = True  # it was stopped, and its start took what time was left
+        run.due = state["progress"] < 1  # it was stopped, and its start took what time was left
     by_the_clock = timed and options.eval_interval == STEPS_WITHOUT_END
     pause = max(3.0, (60 * options.minutes) / 8, 25 * evaluation) if by_the_clock else None  # between evaluations
     last_seconds, last_tokens, last_evaluation = run.seconds, run.tokens, run.seconds
@@ -607,7 +607,9 @@ def train_until(at_end, options, given, processes):
         if not run.due and save_is_due:
             run.save()
     bar.close()
-    return report(run, stop, finished=progress == 1 and not run.due)
+    status = report(run, stop, finished=progress == 1 and not run.due)
+    processes.agree()  # while signals are still caught: one that waited elsewhere would be ended by torchrun's
+    return status
 
 
 def look_ahead(run, batches, given):
@@ -662,7 +664,8 @@ def sample_text(model, tokenizer, length, device):
 
 def report(run, stop, finished):
     """The last words of a run: what was reached, a sample, and what to type next. Returns the exit status."""
-    out, named = run.options.out_dir, shlex.quote(run.options.out_dir)
+    out = run.options.out_dir
+    named = shlex.quote(os.path.join(".", out) if out.startswith("-") else out)  # else it would be read as a flag
     stopped = stop.number is not None and not finished
     if stopped:
         run.save()

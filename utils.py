@@ -205,6 +205,8 @@ class _Parser(argparse.ArgumentParser):
         return known
 
     def error(self, message):
+        if message.endswith("expected one argument"):
+            message += "; one that begins with a dash is written with =, as in --out_dir=-name"
         raise UserError(message.replace("argument ", "", 1))
 
 

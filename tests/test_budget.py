@@ -286,8 +286,14 @@ def test_a_step_that_no_memory_holds_is_refused(monkeypatch, arch):
         sizes = {name: getattr(options, name) for name in (*sizes, "dropout")}
         budget.check_activations(options, CONFIGS[arch](vocab_size=97, **sizes), device, torch.float32)
 
-    with pytest.raises(UserError, match=r"keep [0-9,]+ GiB .* lower --n_layer \(9000\)"):
+    with pytest.raises(UserError, match=r"keep [0-9,]+ GiB .* lower --n_layer \(9000\) or add --gradient_check"):
         check()
+    with pytest.raises(
+        UserError, match=r"this machine has \d+; lower --n_layer \(9000\) or lower --block_size \(256\)$"
+    ):
+        check(gradient_checkpointing=True, n_layer=9000, n_embd=2 * 16 * 1000, block_size=256)
+    with pytest.raises(UserError, match=r"this machine has \d+; add --dropout 0 or lower --block_size \(60000\)$"):
+        check(n_layer=1, n_head=2, dropout=0.1, block_size=60_000)
     for fits in (dict(block_size=16), dict(n_layer=6), dict(gradient_checkpointing=True), dict(device=GPU)):
         check(**fits)
 
@@ -390,11 +396,12 @@ def test_a_plan_for_a_named_gpu_by_hand(plan):
 
 
 def test_where_a_run_does_not_fit_the_plan_says_what_is_enough(plan):
-    def says(more):
-        return plan(f"{GPT2} --peak 4090 {more}")["at most"][1].partition("does not fit; ")[2]
+    def says(more, sizes=GPT2):
+        return plan(f"{sizes} --peak 4090 {more}")["at most"][1].partition("does not fit; ")[2]
 
     assert says("") == "lower --batch_size"
     assert says("--batch_size 1") == ""
+    assert says(f"--gradient_accumulation_steps {10**8}", TINY) == "lower --gradient_accumulation_steps"
     assert says("--batch_size 1 --block_size 16384") == "add --gradient_checkpointing"
     assert says("--batch_size 8 --block_size 16384") == "lower --batch_size and add --gradient_checkpointing"
     for sizes in ("--batch_size 1", "--batch_size 1 --gradient_checkpointing"):

@@ -100,11 +100,11 @@ def here(tmp_path_factory):
     directory = tmp_path_factory.mktemp("distributed")
     (directory / "text.txt").write_text(TEXT, encoding="utf-8")
     before, handlers = os.getcwd(), {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
-    plain = train.Run.draw, train.sample_text
+    plain = train.Run.draw, train.sample_text, train.report
     os.chdir(str(directory))
     together.make_short()
     yield directory
-    train.Run.draw, train.sample_text = plain
+    train.Run.draw, train.sample_text, train.report = plain
     os.chdir(before)
     for number, handler in handlers.items():
         signal.signal(number, handler)
@@ -145,6 +145,7 @@ def two(one):
         "dice-a": dict(flags=flags("dice-a", "--dropout", 0.3, "--gradient_checkpointing", "--sample_interval", 6)),
         "dice-b": dict(flags=flags("dice-b", "--dropout", 0.3), signal=[1, 5, int(signal.SIGTERM)]),
         "dice-b again": dict(flags=["--resume", "--out_dir", "dice-b"]),
+        "late": dict(flags=flags("late", steps=2), late=1),
         "half-1": dict(flags=["--resume", "--out_dir", "half-1", "--max_iters", str(STEPS), "--shard"]),
     }
     for arch, more in ALL:

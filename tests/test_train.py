@@ -180,6 +180,8 @@ def test_a_run_stopped_in_an_evaluation_makes_that_first_when_it_goes_on(run, mo
             patch.setattr(train, "validation_loss", interrupted)
             status, metrics = run(out)
         assert status == 143 and metrics[-1]["step"] == step and "val_loss" not in metrics[-1]
+        with pytest.raises(UserError, match=f"has done its {step} steps; give a larger --max_iters"):
+            run(out, resume=True, max_iters=step - 1)
         status, metrics = run(out, resume=True)
         assert status == 0 and [m.get("val_loss") for m in metrics] == [m.get("val_loss") for m in unbroken]
         assert Path(out, "model.safetensors").read_bytes() == Path("unbroken/model.safetensors").read_bytes()
@@ -434,6 +436,26 @@ def test_a_worker_that_torchrun_starts_again_carries_on_by_itself(run, monkeypat
     assert Path("out/model.safetensors").read_bytes() == Path("unbroken/model.safetensors").read_bytes()
 
 
+@pytest.mark.parametrize("timed", [False, True])
+def test_a_worker_that_dies_in_its_last_words_says_them_when_it_is_started_again(
+    run, monkeypatch, torchrun, clock, capsys, timed
+):
+    def crash(*_, **__):
+        raise Crash
+
+    settings = TIMED if timed else {}
+    torchrun(0)
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "report", crash)
+        with pytest.raises(Crash):
+            run("out", **settings)
+    before = Path("out/metrics.jsonl").read_bytes()
+    capsys.readouterr()
+    torchrun(1)
+    assert run("out", **settings)[0] == 0
+    assert "a sample:" in capsys.readouterr().out and Path("out/metrics.jsonl").read_bytes() == before
+
+
 def test_a_worker_started_again_does_not_go_on_with_a_run_that_another_job_began(run, torchrun):
     torchrun(0, "another")
     run("out")
@@ -683,6 +705,8 @@ def test_a_run_of_minutes_goes_on_in_the_time_that_was_left_as_if_it_had_not_sto
     status, first = run("out", **TIMED)
     assert status == 130 and (first[-1]["step"], first[-1]["seconds"]) == (40, 40.0)
     clock.now = 1000.0  # later that day
+    with pytest.raises(UserError, match=r"^--minutes 0.5: the run in out has had 0\.67; give more, or leave it out"):
+        run("out", **dict(TIMED, minutes=0.5), resume=True)
     status, both = run("out", **TIMED, resume=True)
     assert status == 0 and both[: len(first)] == first
     assert_a_line_to_0(both)

@@ -4,8 +4,8 @@
     python together.py RUNS.json 4        # the same without torchrun: four processes that load PyTorch only once
 
 RUNS.json holds a list of {"flags": [...]}, with accidents that happen to one process in one step: "signal": [rank,
-step, number], "error": [rank, step], or "nan": [rank, step] for its loss. The exit statuses of all runs go to
-RUNS.json.RANK.
+step, number], "error": [rank, step], or "nan": [rank, step] for its loss; "late": rank, which gets SIGTERM while the
+others are still at their last words. The exit statuses of all runs go to RUNS.json.RANK.
 """
 
 import contextlib
@@ -14,6 +14,8 @@ import os
 import signal
 import socket
 import sys
+import threading
+import time
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
@@ -65,7 +67,7 @@ def work(path):
     return 0
 
 
-plain_step, plain_loss, plain_sample = Learner.step, Learner.loss, train.sample_text
+plain_step, plain_loss, plain_sample, plain_report = Learner.step, Learner.loss, train.sample_text, train.report
 
 
 def make_short():
@@ -90,7 +92,14 @@ def with_accidents(run, rank):
             raise UserError("--accident: it happened; avoid it")
         return plain_step(self, *args)
 
-    Learner.step, Learner.loss = step, loss
+    def report(*args, **settings):
+        if run.get("late") == rank:
+            threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGTERM)).start()
+        elif "late" in run:
+            time.sleep(0.6)
+        return plain_report(*args, **settings)
+
+    Learner.step, Learner.loss, train.report = step, loss, report
 
 
 if __name__ == "__main__":
