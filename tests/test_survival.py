@@ -144,7 +144,7 @@ def test_a_run_killed_at_3_random_moments_ends_as_the_unbroken_one(tmp_path, unb
 @pytest.mark.long
 @pytest.mark.parametrize("flags", ["--arch gpt --dtype float32", "--arch modern --dtype bfloat16"])
 def test_a_run_killed_at_30_random_moments_ends_as_the_unbroken_one(tmp_path, flags):
-    whole, killed = (Training(tmp_path / name, 300, flags) for name in ("whole", "killed"))
+    whole, killed = (Training(tmp_path / name, 1000, flags) for name in ("whole", "killed"))
     assert whole.finish()[0] == 0
     kill_again_and_again(killed, whole, 30)
 
