@@ -24,11 +24,12 @@ import warnings
 import torch
 import torch.distributed as dist
 
-from utils import UserError, environment_number, first_line, pick_device
+from utils import UserError, environment_number, first_line, pick_device, refuse
 
 TOLD = "error"  # the key in the store that they share under which a process says that it ends with an error
 LISTEN_SECONDS = 0.5  # how often the others look there
 PATIENCE = datetime.timedelta(minutes=30)  # for a process that is slow; one that has ended is noticed at once
+GO_ON = "go on with --resume, or with --fresh where nothing was saved yet"
 MEETING = datetime.timedelta(minutes=5)  # for all of them to be there, which torchrun starts at the same time
 
 
@@ -128,15 +129,15 @@ class Processes:
         In a thread of its own, as the process itself may be waiting for the one that has failed.
         """
         while not self.left.wait(LISTEN_SECONDS):
-            said = ""
             try:
-                told = self.store.check([TOLD])
+                told, gone = self.store.check([TOLD]), False
             except RuntimeError:
-                told, remedy = True, "go on with --resume, or with --fresh where nothing was saved yet"
-                said = f"{os.path.basename(sys.argv[0])}: error: torchrun has ended, and its store with it; {remedy}"
+                told = gone = True  # the store, and torchrun with it
             if told and not self.left.is_set():
                 if self.first:
-                    print("\n" + said if said else "", file=sys.stderr)  # first the end of the progress bar's line
+                    print(file=sys.stderr)  # the end of the progress bar's line
+                if self.first and gone:
+                    refuse(f"torchrun has ended; {GO_ON}")
                 end_after_the_speaker()
 
     def stop_listening(self):
@@ -204,8 +205,7 @@ def job():
             reason = first_line(error)
             reason = re.sub(r"^\[[^]]*\] ", "", reason)[:100]  # gloo begins with its own place
             raise UserError(
-                f"another process of this run has ended, or cannot be reached ({reason}); go on with --resume, or "
-                f"with --fresh where nothing was saved yet"
+                f"another process of this run has ended, or cannot be reached ({reason}); {GO_ON}"
             ) from None
         if isinstance(error, UserError) and not processes.first:
             raise UserError(f"process {processes.rank} on {socket.gethostname()}: {error}") from None

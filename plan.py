@@ -206,7 +206,7 @@ def for_fine_tuning(options, given, tokens):
         chosen["ngram_decay"] = 0.0
     batch_size = options.batch_size if "batch_size" in given else chosen["batch_size"]
     if options.minutes is not None:
-        chosen.update(min_lr=0.0, max_iters=STEPS_WITHOUT_END, eval_interval=STEPS_WITHOUT_END)
+        chosen.update(BY_THE_CLOCK, min_lr=0.0)
         return chosen, f"fine-tuning {options.init_from} on {tokens:,} tokens for {options.minutes:g} min"
     step_tokens = batch_size * options.gradient_accumulation_steps * options.block_size
     least, most = FINE_TUNING_STEPS
@@ -428,7 +428,8 @@ SMALL_SHARE = 0.26  # the same of models below 192 channels, but for a CUDA GPU:
 # A GPU is not kept busy by models as small as these. Measured on an H100, with recorded steps:
 GPU_START = 7  # seconds until the first step
 GPU_LAYER = 4e-4  # seconds that the operations of a layer take in a step, however little there is to do for each
-STEPS_WITHOUT_END = 10**9  # max_iters where the clock ends the run, and eval_interval where it asks for evaluations
+STEPS_WITHOUT_END = 10**9
+BY_THE_CLOCK = dict(max_iters=STEPS_WITHOUT_END, eval_interval=STEPS_WITHOUT_END)  # of a run of minutes
 
 
 def for_minutes(minutes, tokens, device, dtype, peak=None, arch="modern"):
@@ -458,7 +459,7 @@ def for_minutes(minutes, tokens, device, dtype, peak=None, arch="modern"):
     if epochs >= 8:
         doubling = 0.05 if ngrams else 0.1
         sizes["dropout"] = round(min(0.5, 0.05 + doubling * math.log2(epochs / 8)), 2)
-    sizes.update(max_iters=STEPS_WITHOUT_END, eval_interval=STEPS_WITHOUT_END)
+    sizes.update(BY_THE_CLOCK)
     why = f"{peak / 1e9:,.0f} GFLOP/s x {minutes:g} min on {tokens:,} tokens, about {epochs:.1f} times the text"
     return sizes, why
 

@@ -58,7 +58,12 @@ class Trigram:
 
     @classmethod
     def from_tokens(cls, tokens, vocab_size):
-        """The model of a text, tokens (N,)."""
+        """The model of a text, tokens (N,). Raises UserError where the vocabulary is too large for a table."""
+        if vocab_size > MOST_CHARS:
+            raise UserError(
+                f"has {vocab_size} different characters, too many for a table of triples; give a text with at most "
+                f"{MOST_CHARS}, or use train.py"
+            )
         cut = len(tokens) - len(tokens) // 10
         voices, seen = count_voices(tokens[:cut], vocab_size)
         a, b, c = triples(tokens[max(0, cut - 2) :])  # each (M,): the held-out c, the first with what came before it
@@ -137,13 +142,11 @@ def main(argv):
     options, _ = parse_options(TrigramOptions, argv, "Chapter 2: count which character follows which two.")
     data = load_data(options.data, "chars")
     V = data.tokenizer.vocab_size
-    if V > MOST_CHARS:
-        raise UserError(
-            f"--data {options.data}: has {V} different characters, too many for a table of triples; give a text with "
-            f"at most {MOST_CHARS}, or use train.py"
-        )
-    print(f"counting {len(data.train) - 2:,} triples of {V} characters, fitting weights on the last tenth of them")
-    model = Trigram.from_tokens(data.train, V)
+    try:
+        model = Trigram.from_tokens(data.train, V)
+    except UserError as error:
+        raise UserError(f"--data {options.data}: {error}") from None
+    print(f"counted {len(data.train) - 2:,} triples of {V} characters, fitted weights on the last tenth of them")
 
     used = bucket(model.seen).unique().tolist()
     names = ["0", "1"] + [f"{2 ** (k - 1)}-{2**k - 1}" for k in range(2, BUCKETS - 1)] + [f"{2 ** (BUCKETS - 2)}+"]

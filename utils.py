@@ -82,7 +82,7 @@ def run_command(main):
         status = main(sys.argv[1:])
         sys.stdout.flush()  # here a full disk can still be told
     except UserError as error:
-        status = _refuse(error)
+        status = refuse(error)
     except KeyboardInterrupt:
         signal.signal(signal.SIGINT, leave)  # a second one, while threads that compute are waited for
         status = 130
@@ -93,15 +93,16 @@ def run_command(main):
         if error.filename != OUTPUT:
             raise
         _to_nobody(sys.stdout)
-        status = _refuse(f"{OUTPUT}: cannot be written ({error.strerror}); make room there, or send it elsewhere")
+        status = refuse(f"{OUTPUT}: cannot be written ({error.strerror}); make room there, or send it elsewhere")
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        status = _refuse("out of memory; take a smaller model or text, or a machine with more")
+        status = refuse("out of memory; take a smaller model or text, or a machine with more")
     sys.exit(status)
 
 
-def _refuse(problem):
+def refuse(problem):
+    """Tell of a problem in one line on stderr. Returns the exit status for it, 2."""
     print(f"{os.path.basename(sys.argv[0])}: error: {problem}", file=sys.stderr)
     return 2
 

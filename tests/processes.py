@@ -98,6 +98,9 @@ def load():
     """What commands load; as in them, Python looks for no garbage in it."""
     gc.disable()
     sys.path[:0] = [str(ROOT)]
+    import export  # noqa: F401
+    import sample  # noqa: F401
+    import train  # noqa: F401
     import trigram  # noqa: F401
 
 

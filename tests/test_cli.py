@@ -832,6 +832,7 @@ def test_bad_input_is_refused_by_the_processes_themselves(inputs):
     started = [
         (start("train.py", "--data", "missing.txt", cwd=inputs), "--data missing.txt: cannot be read"),
         (start("sample.py", cwd=inputs), "out: no such file or directory"),
+        (start("export.py", cwd=inputs), "out: no such file or directory"),
         (start("bigram.py", "--data", "missing.txt", cwd=inputs), "--data missing.txt: cannot be read"),
         (start("trigram.py", "--data", "missing.txt", cwd=inputs), "--data missing.txt: cannot be read"),
     ]

@@ -21,6 +21,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import together
 import torch
 from conftest import forked
 
@@ -40,7 +41,7 @@ TINY.update(dtype="float32", eval_interval=10, log_interval=1, learning_rate=1e-
 needs_muon = pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="a modern model needs PyTorch 2.9's Muon")
 ARCHS = ["gpt", pytest.param("modern", marks=needs_muon)]
 TEXT = "the quick brown fox jumps over the lazy dog, and the dog sleeps on.\n" * 20
-DRAW, SAMPLE = train.Run.draw, train.sample_text
+DRAW = train.Run.draw
 
 
 def make_options(**changes):
@@ -53,9 +54,8 @@ def run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "text.txt").write_text(TEXT, encoding="utf-8")
     monkeypatch.setattr(plan, "matmul_peak", lambda *_: 1e11)  # measuring it takes a second
-    # Most of so short a run: the picture, and all but the beginning of a sample. test_cli.py has them.
-    monkeypatch.setattr(train.Run, "draw", lambda self: None)
-    monkeypatch.setattr(train, "sample_text", lambda model, tokenizer, n, device: SAMPLE(model, tokenizer, 5, device))
+    for place, name, short in together.SHORT:  # test_cli.py has these in full
+        monkeypatch.setattr(place, name, short)
 
     def go(out_dir, not_given=(), **changes):
         options = make_options(data="text.txt", out_dir=out_dir, **changes)

@@ -141,6 +141,11 @@ def test_texts_too_short_to_hold_anything_out(length):
     assert torch.allclose(model.probs.sum(dim=2), torch.ones(3, 3)) and (model.probs > 0).all()
 
 
+def test_too_many_characters():
+    with pytest.raises(UserError, match="301 different characters"):
+        Trigram.from_tokens(torch.arange(301), 301)
+
+
 def test_too_many_characters_are_refused_before_anything_is_counted(tmp_path, capsys):
     path = tmp_path / "many.txt"
     path.write_text("".join(map(chr, range(300, 601))) * 20, encoding="utf-8")

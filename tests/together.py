@@ -70,10 +70,16 @@ def work(path):
 plain_step, plain_loss, plain_sample, plain_report = Learner.step, Learner.loss, train.sample_text, train.report
 
 
+# What takes longest in a small run, and what stands in for it: the picture, and all but the beginning of a sample.
+SHORT = (
+    (train.Run, "draw", lambda self: None),
+    (train, "sample_text", lambda model, tokenizer, length, device: plain_sample(model, tokenizer, 5, device)),
+)
+
+
 def make_short():
-    """Leave out what takes longest in a small run: the picture, and all but the beginning of a sample."""
-    train.Run.draw = lambda self: None
-    train.sample_text = lambda model, tokenizer, length, device: plain_sample(model, tokenizer, 5, device)
+    for place, name, short in SHORT:
+        setattr(place, name, short)
 
 
 def with_accidents(run, rank):
