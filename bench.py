@@ -55,7 +55,18 @@ from model import GPT
 from optim import Learner
 from plan import make_config, matmul_peak
 from train import TrainOptions
-from utils import HERE, UserError, autocast, option, parse_options, pick_device, pick_dtype, run_command, write_json
+from utils import (
+    HERE,
+    UserError,
+    autocast,
+    dtype_name,
+    option,
+    parse_options,
+    pick_device,
+    pick_dtype,
+    run_command,
+    write_json,
+)
 
 
 @dataclass
@@ -239,7 +250,7 @@ def speed(options):
     works = {name: ("train", "generate") if SETTINGS[name].block_size > NEW_TOKENS else ("train",) for name in names}
     cases = [f"{system}|{work}|{name}" for name in names for work in works[name] for system in systems]
     peak = matmul_peak(device, dtype)
-    print(f"{machine(device)}; matrix products {peak / 1e9:,.0f} GFLOP/s in {str(dtype)[6:]}")
+    print(f"{machine(device)}; matrix products {peak / 1e9:,.0f} GFLOP/s in {dtype_name(dtype)}")
     results = in_turns(cases, options.rounds, lambda case: run_case(case, options))
     rows = []
     for case, found in results.items():

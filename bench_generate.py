@@ -33,7 +33,7 @@ from graphs import reader_on
 from lighten import has_float16, join_qkv, lighten
 from model import GPT
 from tokenizer import prompt_tokens
-from utils import DTYPES, HERE, UserError, has_bfloat16, option, pick_device, pick_dtype, write_json
+from utils import DTYPES, HERE, UserError, dtype_name, has_bfloat16, option, pick_device, pick_dtype, write_json
 
 NEW_TOKENS = 250
 WORKS = {
@@ -97,7 +97,7 @@ def main(options):
 def kinds(model, device):
     """The number formats in which sample.py holds the model's weights on a device. The model is of no use after it."""
     if device.type != "cpu":
-        return [str(pick_dtype(None, device))[6:]]
+        return [dtype_name(pick_dtype(None, device))]
     found = ["float32"] + ["bfloat16"] * has_bfloat16(device) + ["float16"] * has_float16()
     try:
         lighten(model, "int8")

@@ -34,6 +34,7 @@ from plan import (
 from utils import (
     STARTED,
     UserError,
+    dtype_name,
     environment_number,
     first_line,
     memory_of,
@@ -106,7 +107,7 @@ def find_place(options, given):
     if options.peak is None:
         device = pick_device(options.device)
         dtype = pick_dtype(options.dtype, device)
-        name = f"this machine ({device.type}, {str(dtype)[6:]})"
+        name = f"this machine ({device.type}, {dtype_name(dtype)})"
         resident = resident_bytes()  # before the products, of which the C library keeps some megabytes, or not
         peak = matmul_peak(device, dtype)
         return Place(name, device, dtype, processes, peak, True, memory_of(device), shard, resident)
@@ -287,7 +288,7 @@ def memory(model, options, place, data):
     rows, at_once = micro_batch(options, place)
     weights, means = weight_bytes(model)
     products = weights * item // 4
-    name, kept_by = str(place.dtype)[6:], "float32"
+    name, kept_by = dtype_name(place.dtype), "float32"
     if place.shard:
         gathered = gathered_bytes(model, item)
         weights, means, kept_by = (

@@ -44,6 +44,7 @@ from tokenizer import ByteTokenizer, CharTokenizer, load_tokenizer, save_tokeniz
 from utils import (
     UserError,
     first_line,
+    first_problem,
     is_out_of_memory,
     memory_of,
     missing_extra,
@@ -59,6 +60,8 @@ HUB_NAMES = {name: f"openai-community/{name}" for name in ("gpt2", "gpt2-medium"
 
 # GPT-2's published weights hold these matrices as (in, out); a PyTorch Linear holds (out, in).
 TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
+NORMS = ("ln_1.weight", "ln_2.weight", "ln_f.weight")
+BIASES = tuple(name.replace("weight", "bias") for name in TRANSPOSED + NORMS)  # a GPT has them, or with bias=False not
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Files
@@ -159,8 +162,20 @@ def _write_weights(path, tensors, notes):
 # Models
 
 
-def save_model(directory, model, tokenizer):
-    """Write model and tokenizer: a GPT as a Hugging Face GPT-2 directory, a Modern in the same layout as it is."""
+def save_model(directory, model, tokenizer=None):
+    """Write model and tokenizer: a GPT as a Hugging Face GPT-2 directory, a Modern in the same layout as it is.
+
+    Also of a model that torch.compile or DistributedDataParallel has wrapped. Raises ValueError for one that could not
+    be loaded again, such as what lighten makes.
+    """
+    for wrapper in ("_orig_mod", "module"):
+        model = getattr(model, wrapper, model)
+    with torch.device("meta"):
+        expected = set(type(model)(model.config).state_dict())
+    different = sorted(expected ^ set(model.state_dict()))
+    if different:
+        raise ValueError(f"{different[0]}: a {type(model).__name__} of its config, and this one, do not both have it")
+    os.makedirs(directory, exist_ok=True)
     write_model(directory, *model_files(model), tokenizer, model.config.block_size)
 
 
@@ -170,7 +185,11 @@ def model_files(model, weights=None):
     weights: by name, of a model that does not have them itself because it is sharded.
     """
     weights = model.state_dict() if weights is None else weights
-    return (_modern_files if isinstance(model, Modern) else _gpt2_files)(model.config, weights)
+    if isinstance(model, Modern):
+        return _modern_files(model.config, weights)
+    if isinstance(model, GPT):
+        return _gpt2_files(model.config, weights)
+    raise TypeError(f"a {type(model).__name__} has no files yet: say in checkpoint.py what config.json tells of it")
 
 
 def write_model(directory, config, tensors, tokenizer, block_size, val_loss=None):
@@ -178,7 +197,8 @@ def write_model(directory, config, tensors, tokenizer, block_size, val_loss=None
 
     val_loss: of these weights, in nats per token, for saved_loss.
     """
-    save_tokenizer(directory, tokenizer, block_size)
+    if tokenizer is not None:
+        save_tokenizer(directory, tokenizer, block_size)
     write_json(os.path.join(directory, "config.json"), config)
     notes = {} if val_loss is None else {"val_loss": repr(val_loss)}
     write_atomically(os.path.join(directory, "model.safetensors"), lambda path: _write_weights(path, tensors, notes))
@@ -207,7 +227,12 @@ def _modern_files(config, weights):
 
 
 def _gpt2_files(c, weights):
-    """The config.json and tensors of model.py's GPT, under Hugging Face's names. c: its GPTConfig."""
+    """The config.json and tensors of model.py's GPT, under Hugging Face's names. c: its GPTConfig.
+
+    What others have added to model.py is kept by its own name; a head of its own, too.
+    """
+    head, wte = weights.get("lm_head.weight"), weights["transformer.wte.weight"]
+    tied = head is None or torch.equal(head, wte)
     config = {
         "architectures": ["GPT2LMHeadModel"],
         "model_type": "gpt2",
@@ -222,22 +247,22 @@ def _gpt2_files(c, weights):
         "embd_pdrop": c.dropout,
         "resid_pdrop": c.dropout,
         "layer_norm_epsilon": 1e-5,
-        "tie_word_embeddings": True,
+        "tie_word_embeddings": tied,
         "bos_token_id": None,
         "eos_token_id": None,
         "bias": c.bias,  # ours; Hugging Face's GPT-2 always has biases, and gets zeros for the ones we leave out
     }
     tensors = {}
     for name, p in weights.items():
-        if name != "lm_head.weight":  # tied to transformer.wte.weight
+        if name != "lm_head.weight" or not tied:
             tensors[name] = (p.t() if name.endswith(TRANSPOSED) else p).float().cpu().contiguous()
-            if not c.bias and not name.endswith(("wte.weight", "wpe.weight")):
+            if not c.bias and name.endswith(TRANSPOSED + NORMS):
                 tensors[name[: -len("weight")] + "bias"] = torch.zeros(tensors[name].size(-1))
     return config, tensors
 
 
 def load_model(path_or_name, block_size=None, dropout=None):
-    """Load a model. Returns (model, tokenizer); the tokenizer is None where the source has none.
+    """Load a model, in evaluation mode. Returns (model, tokenizer); the tokenizer is None where the source has none.
 
     path_or_name: a run's directory, any other in Hugging Face's GPT-2 format, a nanoGPT ckpt.pt, or the name of a
     published GPT-2, which is taken from the local cache or downloaded. block_size crops the positions, dropout
@@ -273,13 +298,17 @@ def load_model(path_or_name, block_size=None, dropout=None):
     if isinstance(config, ModernConfig):
         model = Modern(config)
     else:
-        weights["lm_head.weight"] = weights.get("transformer.wte.weight")
-        model = GPT(config)
+        model, wte = GPT(config), weights["transformer.wte.weight"]
+        tied = model.lm_head.weight is model.transformer.wte.weight
+        if tied and not torch.equal(weights.get("lm_head.weight", wte), wte):
+            raise UserError(f"{path_or_name}: reads and writes with a table each; this GPT-2 has one for both only")
+        weights.setdefault("lm_head.weight", wte)
     try:
         model.load_state_dict(weights)
     except RuntimeError as error:
         raise UserError(
-            f"{path_or_name}: its weights do not fit its own config ({_first_problem(error)}); restore both"
+            f"{path_or_name}: its weights do not fit its own config ({first_problem(error)}); restore both, or put "
+            f"back the model.py or modern.py that trained them"
         ) from None
     ours = isinstance(tokenizer, (CharTokenizer, ByteTokenizer))
     if ours and tokenizer.vocab_size < config.vocab_size:  # that of another run
@@ -288,7 +317,7 @@ def load_model(path_or_name, block_size=None, dropout=None):
             f"{path_or_name}: its tokenizer has {tokenizer.vocab_size} {kind}, its model {config.vocab_size}; "
             f"put back the tokenizer.json of the run that trained it"
         )
-    return model, tokenizer
+    return model.eval(), tokenizer
 
 
 def load_writer(out_dir):
@@ -335,12 +364,6 @@ def _context_bytes(c):
     return c.block_size * (16 * c.n_embd // c.n_head + 8 * c.n_layer * c.n_embd)
 
 
-def _first_problem(error):
-    lines = [line.strip() for line in str(error).splitlines()]
-    line = lines[1] if len(lines) > 1 else lines[0]
-    return line if len(line) <= 200 else line[:200] + " ..."
-
-
 def _read_directory(directory):
     """(GPTConfig or ModernConfig, weights under our names, tokenizer) of a run's or another GPT-2 directory."""
     path = os.path.join(directory, "config.json")
@@ -351,12 +374,10 @@ def _read_directory(directory):
         return _read_modern(path, c), _read_weights(directory), load_tokenizer(directory)
     if c.get("model_type") != "gpt2":
         raise UserError(f"{path}: is a model of type {c.get('model_type')!r}; only 'gpt2' and our own can be loaded")
-    wanted = dict(
-        activation_function="gelu_new", layer_norm_epsilon=1e-5, tie_word_embeddings=True, scale_attn_weights=True
-    )
+    wanted = dict(activation_function="gelu_new", layer_norm_epsilon=1e-5, scale_attn_weights=True)
     wanted.update(scale_attn_by_inverse_layer_idx=False, add_cross_attention=False)
     for key, value in wanted.items():
-        if c.get(key, value) != value:
+        if c.get(key, value) != value and c[key] != "gelu_pytorch_tanh":  # another name for gelu_new
             raise UserError(f"{path}: has {key} = {c[key]!r}; this GPT-2 has {value!r} only")
     try:
         config = GPTConfig(
@@ -372,12 +393,18 @@ def _read_directory(directory):
         raise UserError(f"{path}: is no complete GPT-2 config ({error}); restore it") from None
     if c.get("n_inner") not in (None, 4 * config.n_embd):
         raise UserError(f"{path}: has n_inner = {c['n_inner']}; this GPT-2 has 4 x n_embd only")
-    weights = {}
-    for name, tensor in _read_weights(directory).items():
-        name = name if name.startswith(("transformer.", "lm_head.")) else f"transformer.{name}"
+    weights, found = {}, _read_weights(directory)
+    tied = c.get("tie_word_embeddings", True)
+    if not tied and "lm_head.weight" not in found:
+        raise UserError(f"{path}: has tie_word_embeddings = False, but there is no lm_head.weight; restore both")
+    bare = not any(name.startswith("transformer.") for name in found)  # those of Hugging Face's GPT2Model
+    for name, tensor in found.items():
+        name = f"transformer.{name}" if bare and name != "lm_head.weight" else name
         if name.endswith((".attn.bias", ".attn.masked_bias")):  # old files keep the causal mask as a weight
             continue
-        if name.endswith(".bias") and not config.bias:
+        if name.endswith(BIASES) and not config.bias:
+            continue
+        if name == "lm_head.weight" and tied:
             continue
         weights[name] = tensor.t() if name.endswith(TRANSPOSED) and tensor.dim() == 2 else tensor
     return config, weights, load_tokenizer(directory)

@@ -28,11 +28,12 @@ from dataclasses import asdict, dataclass
 from typing import Optional
 
 import torch
+import torch.nn.functional as F
 
 from checkpoint import METRICS, load_state, load_writer, read_metrics
 from lighten import to_int8
 from model import GPT
-from modern import Modern
+from modern import Modern, ModernConfig
 from tokenizer import CharTokenizer
 from utils import UserError, option, parse_options, run_command, write_atomically
 
@@ -100,17 +101,37 @@ def page_of(model, tokenizer, options, training=()):
 # Weights
 
 
+def names_read(config):
+    """The names of the tensors with which page/model.js computes a model of such a config, as page_tensors has them."""
+    layers = range(config.n_layer)
+    if isinstance(config, ModernConfig):
+        parts = ("shift", "attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
+        names = {"wte.weight", "lm_head.weight"} | ({"ngrams.table.weight"} if config.ngram > 1 else set())
+        return names | {f"layers.{i}.{part}" for i in layers for part in parts}
+    parts = ("ln_1", "attn.c_attn", "attn.c_proj", "ln_2", "mlp.c_fc", "mlp.c_proj")
+    learned = ["transformer.ln_f", *(f"transformer.h.{i}.{part}" for i in layers for part in parts)]
+    names = {f"{name}.{ending}" for name in learned for ending in ("weight", "bias")[: 1 + config.bias]}
+    return names | {"transformer.wte.weight", "transformer.wpe.weight"}
+
+
 def page_tensors(model):
     """The tensors of a GPT or Modern that the page reads, by name, float32: vectors, and matrices (out, in).
 
-    A tied head is left out; modern.py's queries, keys and values become one matrix, as model.py has them.
+    A tied head is left out; modern.py's queries, keys and values become one matrix, as model.py has them. Raises
+    UserError where the page does not compute such a model.
     """
     tensors = {name: tensor.detach().float() for name, tensor in model.state_dict().items()}
-    if isinstance(model, GPT):
+    if isinstance(model, GPT) and model.lm_head.weight is model.transformer.wte.weight:
         del tensors["lm_head.weight"]
     for name in [name for name in tensors if name.endswith("c_q.weight")]:
         parts = [tensors.pop(name.replace("c_q", part)) for part in ("c_q", "c_k", "c_v")]
         tensors[name.replace("c_q", "c_attn")] = torch.cat(parts)
+    for name in sorted(names_read(model.config) ^ set(tensors)):
+        has, computes = ("has", "without") if name in tensors else ("has no", "with")
+        raise UserError(
+            f"--out_dir: the model {has} {name}, and the page computes one {computes} it; change page/model.js as "
+            f"{type(model).__module__}.py was changed, and names_read in export.py"
+        )
     return tensors
 
 
@@ -278,6 +299,7 @@ def build_page(model, spec, how, prompt="", title=None, training=()):
         "config": {k: v for k, v in asdict(c).items() if k not in ("dropout", "bias")},
         "format": how,
         "tensors": [{"name": name, "shape": list(t.shape)} for name, t in tensors.items()],
+        "check": check_of(rounded(model, how)),
     }
     facts = model_facts(model, spec, how, len(weights) / 1e6) + list(training)
     data = {"header": header, "tokenizer": spec, "prompt": prompt, "facts": facts}
@@ -305,6 +327,16 @@ def build_page(model, spec, how, prompt="", title=None, training=()):
         return f'<{kind} id="{name}">{source(name)}</{kind}>'
 
     return MARK.sub(fill, template)  # in one go: what is filled in is not searched for marks
+
+
+@torch.no_grad()
+def check_of(model):
+    """A few tokens and the surprise of each but the first, in bits, with which the page checks what it computes."""
+    c = model.config
+    tokens = torch.arange(1 + min(8, c.block_size)) * 7 % c.vocab_size
+    logits, _ = model(tokens[None, :-1], tokens[None, 1:])
+    bits = F.cross_entropy(logits[0].float(), tokens[1:], reduction="none") / math.log(2)
+    return {"tokens": tokens.tolist(), "bits": [round(b, 6) for b in bits.tolist()]}
 
 
 MARK = re.compile(r"\{\{(\w+)(?: ([\w.]+))?\}\}")  # {{title}}, {{script app.js}}, {{python generate.beam_search}}

@@ -368,15 +368,32 @@ def pick(probs, generator=None):
 # Sampling
 
 
+def check_prompt(idx, rows=None):
+    """Raises ValueError where idx is no tensor (B, T) of tokens with T >= 1, or has not so many rows."""
+    if not isinstance(idx, torch.Tensor) or idx.dim() != 2 or idx.size(1) < 1 or idx.dtype != torch.int64:
+        what = f"{tuple(idx.shape)} of {idx.dtype}" if isinstance(idx, torch.Tensor) else f"a {type(idx).__name__}"
+        raise ValueError(f"idx: must be a tensor (B, T) of torch.int64 with T at least 1, and is {what}")
+    if rows is not None and len(idx) != rows:
+        raise ValueError(f"idx: must have {rows} row, and has {len(idx)}; call it for each row")
+
+
 @dataclass
 class Sampling:
-    """How tokens are drawn: what next_token_probs and penalize_repetition take, as one thing."""
+    """How tokens are drawn: what next_token_probs and penalize_repetition take, as one thing. Raises ValueError."""
 
     temperature: float = 1.0
     top_k: Optional[int] = None
     top_p: Optional[float] = None
     min_p: Optional[float] = None
     repetition_penalty: float = 1.0
+
+    def __post_init__(self):
+        inf = float("inf")
+        limits = dict(temperature=(0, inf), top_k=(0, inf), top_p=(0, 1), min_p=(0, 1), repetition_penalty=(1e-9, inf))
+        for name, (low, high) in limits.items():
+            value = getattr(self, name)
+            if value is not None and not low <= value <= high:
+                raise ValueError(f"{name} {value}: must be at least {low:g}" + (f" and at most {high}" * (high == 1)))
 
     def probs(self, logits, text):
         """The distribution of the token after text (B, N), from its logits (B, V): (B, V)."""
@@ -406,8 +423,13 @@ def generate(
     pad: (B,) int64, for prompts of different lengths: row i begins with pad[i] < T tokens that are not read.
     sampling: a Sampling, in place of the five settings. reader: a Reader, in place of use_cache and with the same pad,
     which may have read a beginning of idx already.
+    The model should be in evaluation mode, or it drops out at random. To learn from a token that was yielded, clone it:
+    it was made in PyTorch's inference mode. Raises ValueError for a prompt or settings that cannot be.
     """
+    check_prompt(idx)
     sampling = sampling or Sampling(temperature, top_k, top_p, min_p, repetition_penalty)
+    if pad is not None and (pad.shape != idx.shape[:1] or pad.min() < 0 or pad.max() >= idx.size(1)):
+        raise ValueError(f"pad: must have {len(idx)} numbers from 0 to {idx.size(1) - 1}, and is {pad.tolist()}")
     if pad is not None:  # filled up with a token of its own text, which no rule then counts as another
         filler = torch.arange(idx.size(1), device=idx.device) < pad[:, None]  # (B, T)
         idx = torch.where(filler, idx.gather(1, pad[:, None]), idx)
@@ -450,8 +472,9 @@ def speculate(model, idx, max_new_tokens, draft, guesses=3, sampling=None, gener
     (1 - p(x)) * p(y) / (1 - p(x)).
 
     sampling: a Sampling. reader: as in generate. counts: a Speculation that is kept up to date, and that ends the
-    guessing once it does not pay.
+    guessing once it does not pay. Raises ValueError as generate does.
     """
+    check_prompt(idx, rows=1)
     sampling, counts = sampling or Sampling(), counts or Speculation()
     text, reader, known = idx, reader or Reader(model), idx[0].tolist()
     left = max_new_tokens
@@ -513,11 +536,15 @@ def beam_search(
     length_penalty: the exponent of the length by which a score is divided; above 0 favours longer texts, below 0
     shorter ones (Wu et al. 2016, section 7, in the form that is usual today). repetition_penalty: see
     penalize_repetition; the text of a beam is idx and what it has added. reader: a new Reader to read with.
+    Raises ValueError for a prompt of several rows, or no beam.
     """
 
     def score(log_prob, length):
         return log_prob / length**length_penalty
 
+    check_prompt(idx, rows=1)
+    if num_beams < 1:
+        raise ValueError(f"num_beams {num_beams}: must be at least 1")
     if max_new_tokens == 0:
         return [Hypothesis(0.0, [])]
     reader, finished = reader or Reader(model, use_cache), []

@@ -44,7 +44,7 @@ class GPTConfig:
     def __post_init__(self):
         for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd"):
             if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
-                raise ValueError(f"{name} {getattr(self, name)}: must be a whole number of at least 1")
+                raise ValueError(f"{name} {getattr(self, name)!r}: must be an int of at least 1")
         if self.n_embd % self.n_head != 0:
             raise ValueError(
                 f"n_embd {self.n_embd} is not divisible by n_head {self.n_head}: each head takes an equal share of the "
@@ -243,7 +243,7 @@ class GPT(nn.Module):
         x = self.transformer.wte(idx) + self.transformer.wpe(positions)  # (B, T, C) + (T, C), the same for all rows
         x = self.transformer.drop(x)
         for i, block in enumerate(self.transformer.h):
-            if self.gradient_checkpointing and self.training:
+            if self.gradient_checkpointing and self.training and cache is None:
                 x = checkpoint(block, x, use_reentrant=False)  # keeps x only, computes the rest again in the backward
             else:
                 x = block(x, None if cache is None else cache.layers[i])

@@ -50,7 +50,7 @@ class ModernConfig:
     def __post_init__(self):
         for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd", "ngram", "ngram_rows"):
             if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
-                raise ValueError(f"{name} {getattr(self, name)}: must be a whole number of at least 1")
+                raise ValueError(f"{name} {getattr(self, name)!r}: must be an int of at least 1")
         if self.ngram > LONGEST:
             raise ValueError(f"ngram {self.ngram}: must be at most {LONGEST}")
         if self.n_embd % (2 * self.n_head) != 0:
@@ -237,7 +237,7 @@ class Modern(nn.Module):
         places = slice(0, T) if cache is None else cache.places(T, idx.device)
         cos, sin = (table[places].to(x.dtype) for table in (self.cos, self.sin))
         for i, block in enumerate(self.layers):
-            if self.gradient_checkpointing and self.training:
+            if self.gradient_checkpointing and self.training and cache is None:
                 x = checkpoint(block, x, cos, sin, use_reentrant=False)
             else:
                 x = block(x, cos, sin, None if cache is None else cache.layers[i])

@@ -12,7 +12,7 @@ from distributed import ALONE
 from graphs import RecordedStep, can_be_recorded
 from model import dice
 from sharding import by_whole_matrices, is_sharded, own, read_tensors, spread, whole
-from utils import UserError, autocast, has_bfloat16, torch_version
+from utils import UserError, autocast, first_problem, has_bfloat16, torch_version
 
 
 def build_optimizers(model, options, device):
@@ -167,6 +167,14 @@ def has_copy(device, dtype, processes, sharded):
     return dtype == torch.bfloat16 and on_device and not sharded
 
 
+def other_model(difference):
+    """The UserError of a state whose model is not the one that model.py and modern.py make now."""
+    return UserError(
+        f"--resume: the model is not the one that this run began with ({difference}); put back the code that it began "
+        f"with, or start anew in another --out_dir"
+    )
+
+
 def has_recording(options, device, processes):
     """Does a Learner of so many processes record its steps, where its model has no gradient checkpointing?"""
     return options.record and processes == 1 and can_be_recorded(device)
@@ -255,7 +263,9 @@ class Learner:
         """
         dice.generator = None if seed is None else torch.Generator().manual_seed(seed)
         loss = self.loss(x, y) * share
-        return loss.detach(), torch.autograd.grad(self.scaler.scale(loss), self.copies)
+        gradients = torch.autograd.grad(self.scaler.scale(loss), self.copies, allow_unused=True)
+        # A weight that had no part in this loss, such as that of an expert who was not asked, has a gradient of zeros.
+        return loss.detach(), [torch.zeros_like(p) if g is None else g for p, g in zip(self.copies, gradients)]
 
     def parts(self, x, y):
         """The parts in which windows x, y go through the model: a list of (x, y, share of the windows)."""
@@ -369,6 +379,9 @@ class Learner:
     def load_state_dict(self, state):
         """Go back to a state: of this number of processes or another, sharded or not. Raises UserError."""
         of_each = [[p for group in o.param_groups for p in group["params"]] for o in self.optimizers]
+        learned = [sum(len(group["params"]) for group in saved["param_groups"]) for saved in state["optimizers"]]
+        if learned != [len(weights) for weights in of_each]:
+            raise other_model(f"it learns {sum(map(len, of_each))} tensors, not {sum(learned)}")
         memories = [saved["state"] for saved in state["optimizers"]]
         if "shards" in state:
             memories = read_tensors(state["shards"], self.model, of_each)
@@ -382,7 +395,10 @@ class Learner:
                 for memory, weights in zip(memories, of_each)
             ]
         else:
-            self.model.load_state_dict(state["model"])
+            try:
+                self.model.load_state_dict(state["model"])
+            except RuntimeError as error:
+                raise other_model(first_problem(error)) from None
         for optimizer, memory in zip(self.optimizers, memories):  # the saved settings may be those of another device
             optimizer.load_state_dict({**optimizer.state_dict(), "state": memory})
         if state["scaler"]:  # {} where the run was not in float16 until now

@@ -24,7 +24,7 @@ from optim import lr_share
 from sharding import check_shard
 from shards import holds_prepared, is_prepared
 from tokenizer import OtherTokenizer, UnknownCharacters, load_tokenizer, tokenizer_hash
-from utils import UserError, first_line, memory_of, pick_dtype, same_dice
+from utils import UserError, dtype_name, first_line, memory_of, pick_dtype, same_dice
 
 # A modern model's defaults, where they are not those of TrainOptions.
 MODERN = dict(learning_rate=4e-3, min_lr=0.0, warmup_iters=20, weight_decay=0.0, beta1=0.8, beta2=0.95)
@@ -399,7 +399,7 @@ def came_to(name, options, device):
     """The value of an option in a run; of one that was left out, what it came to, or None where it had no value."""
     value = getattr(options, name)
     if value is None and name == "dtype":
-        return str(pick_dtype(None, device))[6:]
+        return dtype_name(pick_dtype(None, device))
     if value is None and name == "min_lr":
         return options.learning_rate * lr_share(options.warmup_iters, 1.0, options)  # its last one
     if value is None and name == "tokenizer" and options.init_from is None and not is_prepared(options.data):

@@ -77,6 +77,7 @@ from utils import (
     STARTED,
     UserError,
     autocast,
+    dtype_name,
     environment_number,
     is_out_of_memory,
     option,
@@ -513,7 +514,7 @@ def train_until(at_end, options, given, processes):
         torch.manual_seed(options.seed + 1_000_003 * processes.rank)  # for dropout: to each its own
     print(
         f"{model.num_params() / 1e6:.2f} M parameters, {data.tokenizer.vocab_size} tokens in the vocabulary, "
-        f"{len(data.train):,} to train on, {len(data.val):,} to validate; {device.type}, {str(dtype)[6:]}"
+        f"{len(data.train):,} to train on, {len(data.val):,} to validate; {device.type}, {dtype_name(dtype)}"
         + (f", {processes.world} processes" if processes.world > 1 else "")
     )
     evaluation = look_ahead(run, batches, given)

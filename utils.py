@@ -349,6 +349,11 @@ def pick_dtype(name, device):
     return DTYPES[name]
 
 
+def dtype_name(dtype):
+    """What --dtype calls a torch.dtype: "bfloat16" for torch.bfloat16."""
+    return str(dtype).replace("torch.", "")
+
+
 def autocast(device, dtype):
     """The context in which matrix products run in `dtype` while the weights stay float32 (mixed precision)."""
     if dtype == torch.float32:
@@ -481,6 +486,13 @@ OUT_OF_MEMORY = ("out of memory", "ALLOC_FAILED", "can't allocate memory", "not 
 def first_line(error):
     """What an error says, of many lines the first; "" where it says nothing."""
     return (str(error).strip().splitlines() or [""])[0]
+
+
+def first_problem(error):
+    """The first thing that load_state_dict says does not fit, of which it makes a list below a title."""
+    lines = [line.strip() for line in str(error).splitlines()]
+    line = lines[1] if len(lines) > 1 else lines[0]
+    return line if len(line) <= 200 else line[:200] + " ..."
 
 
 def is_out_of_memory(error):

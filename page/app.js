@@ -446,7 +446,9 @@ function drawFacts() {
 async function load() {
   const began = performance.now();
   const simd = byId("arithmetic").value === "simd";
-  const { arithmetic, hasSimd } = await ask("load", { header: data.header, base64: byId("weights").textContent, simd });
+  const question = { header: data.header, base64: byId("weights").textContent, simd };
+  const { arithmetic, hasSimd, isPythons } = await ask("load", question);
+  byId("differs").hidden = isPythons;
   byId("arithmetic").value = arithmetic === "plain JavaScript" ? "plain" : "simd";
   byId("arithmetic").options[0].disabled = !hasSimd;
   return (performance.now() - began) / 1000;

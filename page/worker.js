@@ -5,6 +5,7 @@
  * with the page, and the reader finds out by itself what of the text is new.
  */
 
+const TOLERANCE = 0.002; // bits by which a token's surprise may differ from Python's: rounding stays far below that
 const MAP_SIDE = 96; // the most tokens in a picture of a head
 
 let model = null;
@@ -12,12 +13,17 @@ let reader = null; // of the text's end
 let lookBack = null; // a second one, of places that the first one's window has left behind
 
 const answers = {
-  /** Unpack the weights and choose the arithmetic. */
+  /** Unpack the weights, choose the arithmetic, and compare what it computes with what Python computed. */
   load({ header, base64, simd }) {
     model = readModel(header, base64, simd && hasSimd() ? SimdArithmetic : PlainArithmetic);
     reader = new Reader(model);
     lookBack = new Reader(model);
-    return { arithmetic: model.arithmetic.name, hasSimd: hasSimd() };
+    const { tokens, bits } = header.check;
+    const isRight = bits.map(() => false);
+    lookBack.readWindow(tokens, 0, bits.length, 0, (position, logits) => {
+      isRight[position] = Math.abs(surprise(logits, tokens[position + 1]) - bits[position]) < TOLERANCE;
+    });
+    return { arithmetic: model.arithmetic.name, hasSimd: hasSimd(), isPythons: isRight.every(Boolean) };
   },
 
   /**

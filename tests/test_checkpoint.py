@@ -25,13 +25,16 @@ from checkpoint import (
     load_model,
     load_state,
     lock_owner,
+    model_files,
     read_metrics,
     save_model,
     save_state,
     snapshot,
     state_files,
 )
+from lighten import lighten
 from model import GPT
+from modern import Modern, ModernConfig
 from tokenizer import ByteTokenizer, CharTokenizer, LibraryTokenizer, save_tokenizer
 from utils import UserError, write_atomically, write_json
 
@@ -98,6 +101,75 @@ def test_a_saved_model_comes_back_exactly(make_model, tmp_path, bias):
     read, tokenizer = load_model(str(tmp_path))
     assert_equal(model, read)
     assert tokenizer.chars == list(LETTERS)
+
+
+def test_a_loaded_model_writes_and_does_not_drop_out(saved):
+    assert not load_model(str(saved))[0].training
+
+
+def test_a_model_is_saved_without_a_tokenizer_into_a_new_directory(model, tmp_path):
+    save_model(str(tmp_path / "new" / "model"), model)
+    read, tokenizer = load_model(str(tmp_path / "new" / "model"))
+    assert_equal(model, read)
+    assert tokenizer is None
+
+
+@pytest.mark.parametrize("wrapper", ["_orig_mod", "module"])
+def test_what_wraps_a_model_is_not_saved(model, tmp_path, wrapper):
+    wrapped = torch.nn.Module()  # as torch.compile and DistributedDataParallel keep it
+    setattr(wrapped, wrapper, model)
+    save_model(str(tmp_path), wrapped)
+    assert_equal(model, load_model(str(tmp_path))[0])
+
+
+@pytest.mark.parametrize("arch", [GPT, Modern])
+def test_a_model_that_could_not_be_loaded_again_is_not_written_over_one_that_can(saved, arch):
+    config = ModernConfig(8, 11, 2, 2, 16) if arch is Modern else load_model(str(saved))[0].config
+    with pytest.raises(ValueError, match="do not both have it"):
+        save_model(str(saved), lighten(arch(config), "float32"))
+    load_model(str(saved))
+    with pytest.raises(TypeError, match="a Linear has no files yet"):
+        model_files(torch.nn.Linear(1, 1))
+
+
+# What someone who tries an idea in model.py may add: it is trained, saved, loaded, or refused before that.
+
+
+class Changed(GPT):
+    """A GPT with a head of its own, a new layer, a new number in a block and a bias."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.lm_head.weight = torch.nn.Parameter(torch.randn(config.vocab_size, config.n_embd))
+        self.extra = torch.nn.Linear(config.n_embd, 3)
+        for block in self.transformer.h:
+            block.gain = torch.nn.Parameter(torch.rand(()))
+            block.attn.rel = torch.nn.Linear(2, 2)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_what_was_added_to_model_py_is_saved_and_loaded(make_model, tmp_path, monkeypatch, bias):
+    model = Changed(make_model(bias=bias).config)
+    save_model(str(tmp_path), model)
+    monkeypatch.setattr(checkpoint, "GPT", Changed)
+    read, _ = load_model(str(tmp_path))
+    assert list(model.state_dict()) == list(read.state_dict())
+    assert all(map(torch.equal, model.state_dict().values(), read.state_dict().values()))
+    assert json.loads((tmp_path / "config.json").read_text())["tie_word_embeddings"] is False
+    monkeypatch.undo()
+    refused(tmp_path, "reads and writes with a table each")
+
+
+def test_a_head_of_its_own_begins_as_the_table_of_a_tied_model(saved, model, monkeypatch):
+    class Untied(GPT):
+        def __init__(self, config):
+            super().__init__(config)
+            self.lm_head.weight = torch.nn.Parameter(torch.randn(config.vocab_size, config.n_embd))
+
+    monkeypatch.setattr(checkpoint, "GPT", Untied)
+    read, _ = load_model(str(saved))
+    assert read.lm_head.weight is not read.transformer.wte.weight
+    assert torch.equal(read.lm_head.weight, model.transformer.wte.weight)
 
 
 def test_gpt_from_pretrained_is_load_model(saved, model):
@@ -354,7 +426,7 @@ def test_a_path_that_is_neither_there_nor_a_name_is_refused(tmp_path):
         (dict(activation_function="relu"), "has activation_function = 'relu'"),
         (dict(n_inner=65), "has n_inner = 65"),
         (dict(layer_norm_epsilon=1e-6), "has layer_norm_epsilon = 1e-06"),
-        (dict(tie_word_embeddings=False), "has tie_word_embeddings = False"),
+        (dict(tie_word_embeddings=False), "has tie_word_embeddings = False, but there is no lm_head.weight"),
         (dict(scale_attn_weights=False), "has scale_attn_weights = False"),
         (dict(scale_attn_by_inverse_layer_idx=True), "has scale_attn_by_inverse_layer_idx = True"),
         (dict(add_cross_attention=True), "has add_cross_attention = True"),

@@ -1,5 +1,6 @@
 """export.py and the page it writes: in a real Chromium, and against Python on the same weights."""
 
+import copy
 import json
 import math
 import os
@@ -17,9 +18,10 @@ import checkpoint
 import export
 import generate
 import utils
-from model import GPT, GPTConfig
+from model import GPT, MLP, GPTConfig
 from modern import Modern, ModernConfig
 from tokenizer import ByteTokenizer, CharTokenizer, LibraryTokenizer, load_tokenizer, save_tokenizer, train_bpe
+from utils import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 CHARS = sorted(set("\n !\"&'(),-.:;<=>?/" + "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ" + "äöüß€🙂"))
@@ -164,6 +166,39 @@ def test_logits_are_pythons(each, arithmetic):
     if each.how == "float16":
         assert (logits - unrounded[0]).abs().max() <= 2e-2
     assert ours.std() > 0.5  # there is something to get wrong
+    assert each.page.evaluate("byId('differs').hidden"), "the page sees that by itself"
+
+
+class OtherBend(MLP):
+    """What someone tries in model.py, and not in page/model.js."""
+
+    def forward(self, x):
+        return self.c_proj(F.relu(self.c_fc(x)))
+
+
+def test_a_page_whose_model_was_changed_says_that_it_computes_another(browser, make_model, tmp_path):
+    model = random_model(make_model, "gpt", len(CHARS))
+    model.transformer.h[1].mlp.__class__ = OtherBend
+    each = Exported(browser, tmp_path, model, CharTokenizer(CHARS), "float16", "The")
+    assert each.page.evaluate("!byId('differs').hidden") and "page/model.js" in each.page.text("#differs")
+    each.page.close()
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (lambda m: m.register_parameter("spare", torch.nn.Parameter(torch.ones(1))), "has spare, and .* without it"),
+        (lambda m: delattr(m.transformer.h[1].mlp, "c_fc"), "has no transformer.h.1.mlp.c_fc.bias, and .* with it"),
+        (lambda m: delattr(m.transformer, "wpe"), "has no transformer.wpe.weight, and .* with it"),
+        (lambda m: setattr(m, "lm_head", copy.deepcopy(m.lm_head)), "has lm_head.weight, and"),
+    ],
+)
+def test_a_model_with_other_weights_than_the_page_computes_with_is_refused(make_model, change, words):
+    model = random_model(make_model, "gpt", len(CHARS))
+    export.page_tensors(model)
+    change(model)
+    with pytest.raises(UserError, match=words):
+        export.page_tensors(model)
 
 
 def test_the_same_greedy_text_for_200_tokens_far_past_the_window(each):

@@ -9,7 +9,7 @@ import torch
 from transformers import GPT2LMHeadModel
 
 from checkpoint import save_model
-from generate import KVCache, Visible, beam_search, generate, next_token_probs, penalize_repetition
+from generate import KVCache, Visible, beam_search, generate, next_token_probs, penalize_repetition, speculate
 from tokenizer import CharTokenizer
 
 
@@ -43,6 +43,14 @@ def test_reading_in_parts_through_the_cache_gives_the_logits_of_reading_whole(ma
         logits, _ = model(idx[:, end - part : end], cache=cache)
         assert cache.length == end
         torch.testing.assert_close(logits, model(idx[:, :end])[0], rtol=0, atol=1e-5)
+
+
+def test_a_model_that_learns_with_gradient_checkpointing_uses_the_cache_too(make_model):
+    model, idx = make_model().train(), tokens(2, 6)
+    model.gradient_checkpointing, cache = True, KVCache(model.config)
+    model(idx[:, :4], cache=cache)
+    assert cache.length == 4
+    torch.testing.assert_close(model(idx[:, 4:], cache=cache)[0], model(idx)[0], rtol=0, atol=1e-5)
 
 
 def test_a_mask_is_made_once_for_all_layers_and_anew_where_it_must_be():
@@ -256,6 +264,42 @@ def chi_square(drawn, expected):
     expected = drawn.sum() * expected.detach()
     assert expected.min() >= 5, "too few draws for the statistic to mean anything"
     return ((drawn - expected) ** 2 / expected).sum().item()
+
+
+PROMPT = torch.zeros(2, 3, dtype=torch.int64)
+
+
+@pytest.mark.parametrize(
+    "idx, settings, words",
+    [
+        ([1, 2], {}, "idx: must be a tensor .* is a list"),
+        (PROMPT[0], {}, r"idx: must be .* is \(3,\) of torch.int64"),
+        (PROMPT[:, :0], {}, r"is \(2, 0\) of torch.int64"),
+        (PROMPT.byte(), {}, r"is \(2, 3\) of torch.uint8"),
+        (PROMPT, dict(pad=torch.tensor([0, 3])), r"pad: must have 2 numbers from 0 to 2, and is \[0, 3\]"),
+        (PROMPT, dict(pad=torch.tensor([1])), "pad: must have 2 numbers"),
+        (PROMPT, dict(pad=torch.tensor([-1, 0])), "pad: must have 2 numbers"),
+        (PROMPT, dict(temperature=-1.0), "temperature -1.0: must be at least 0"),
+        (PROMPT, dict(temperature=math.nan), "temperature nan: must be at least 0"),
+        (PROMPT, dict(top_k=-1), "top_k -1: must be at least 0"),
+        (PROMPT, dict(top_p=1.5), "top_p 1.5: must be at least 0 and at most 1"),
+        (PROMPT, dict(min_p=2.0), "min_p 2.0: must be at least 0 and at most 1"),
+        (PROMPT, dict(repetition_penalty=0.0), "repetition_penalty 0.0: must be at least"),
+    ],
+)
+def test_a_prompt_or_setting_that_cannot_be_is_refused_by_its_name(make_model, idx, settings, words):
+    with pytest.raises(ValueError, match=words):
+        next(generate(make_model(), idx, 1, **settings))
+
+
+def test_a_search_and_guessing_are_for_one_row(make_model):
+    model = make_model()
+    with pytest.raises(ValueError, match="idx: must have 1 row, and has 2"):
+        beam_search(model, PROMPT, 1, 2)
+    with pytest.raises(ValueError, match="idx: must have 1 row, and has 2"):
+        next(speculate(model, PROMPT, 1, None))
+    with pytest.raises(ValueError, match="num_beams 0: must be at least 1"):
+        beam_search(model, PROMPT[:1], 1, 0)
 
 
 def test_samples_follow_the_distribution_of_the_model(make_model):

@@ -400,6 +400,35 @@ def test_gradient_checkpointing_with_dropout_computes_the_same_dropout_twice(thr
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_weight_that_has_no_part_in_the_loss_stays_and_the_others_learn(dtype):
+    """As in plain PyTorch: that of an expert who was not asked, or what an idea no longer uses."""
+    options = make_options()
+    plain = make_learner(dtype=dtype)
+    model = copy.deepcopy(plain.model)
+    model.spare = torch.nn.LayerNorm(3)
+    learner = Learner(model, options, CPU, dtype)
+    batches = make_batch(options, steps=3)
+    assert take_steps(learner, batches) == take_steps(plain, batches)
+    assert torch.equal(model.spare.weight, torch.ones(3))
+    assert_same_weights(plain.model, model, atol=0)
+
+
+@pytest.mark.parametrize("change", ["another layer", "a tensor more to learn"])
+def test_a_state_of_other_code_is_refused_in_one_line(change):
+    learner = make_learner()
+    state = learner.state_dict()
+    other = copy.deepcopy(learner.model)
+    if change == "another layer":
+        other.extra = torch.nn.Linear(2, 2, bias=False)
+    else:  # untied
+        other.lm_head.weight = torch.nn.Parameter(other.lm_head.weight.detach().clone())
+    with pytest.raises(
+        UserError, match=r"--resume: the model is not the one that this run began with \(.+\); put back"
+    ):
+        Learner(other, make_options(), CPU, torch.float32).load_state_dict(state)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_the_loss_of_a_step_is_the_mean_over_all_its_windows(dtype):
     learner = make_learner(dtype=dtype, batch_size=3, gradient_accumulation_steps=2)
     ((x, y),) = make_batch(learner.options)
