@@ -42,7 +42,10 @@ BYTES_A_BYTE = 7
 
 @dataclass
 class TextData:
-    """A text in tokens: train (N,) and val (M,), in the smallest integer type that holds them, or Shards on a disk."""
+    """A text in tokens: train (N,) and val (M,), in the smallest integer type that holds them, or Shards on a disk.
+
+    A model wants int64: `batches` gives it that, and of a part of your own, `data.train[:8].long()` does.
+    """
 
     train: torch.Tensor
     val: torch.Tensor

@@ -7,6 +7,7 @@
 
 A tokenizer has `encode(text) -> (T,) int64`, `decode(ids) -> text`, `vocab_size`, and `spec()`, which is what its
 tokenizer.json holds, in the format of Hugging Face's `tokenizers` library: transformers reads each of them as it lies.
+One of your own must encode any part of a text (data.py cuts off the last tenth wherever that begins, in a word too).
 """
 
 import hashlib

@@ -42,7 +42,7 @@ from generate import (
     speculate,
     use_threads,
 )
-from graphs import GraphReader, undrawn
+from graphs import GraphReader, StaticCache, undrawn
 from lighten import has_float16, join_qkv, lighten, usual_format
 from tokenizer import CharTokenizer, train_bpe
 from utils import UserError
@@ -170,6 +170,35 @@ def test_a_step_that_is_recorded_writes_the_same_text_and_reads_no_number_on_the
     assert torch.equal(drawn, written(generate(model, idx, 40, **how)))
     waits = ("_local_scalar_dense", "nonzero", "equal", "lift_fresh")  # of a CUDA graph none may be part
     assert not [operation for operation in reader.operations if any(word in operation for word in waits)]
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_kernels_are_used_only_where_they_compute_what_the_model_does(make, monkeypatch, same):
+    """fused.py knows GPT-2 alone: someone who has changed model.py gets the text of the changed model."""
+    model, theirs, said = make("gpt"), make("gpt"), []
+    if not same:
+        theirs.transformer.h[1].mlp.c_proj = torch.nn.Identity()
+        theirs.transformer.h[1].mlp.c_fc = torch.nn.Identity()
+
+    class Kernels:  # what FusedStep does, by PyTorch
+        can_draw = staticmethod(lambda sampling: False)
+
+        def __init__(self, model, cache, position, token):
+            self.static = StaticCache(cache, position)
+            self(token)
+
+        def __call__(self, token):
+            self.static.size = model.config.block_size
+            self.static.make_mask()
+            self.logits = theirs(token, cache=self.static)[0][:, -1]
+            return self.logits[:, None]
+
+    monkeypatch.setitem(sys.modules, "fused", SimpleNamespace(fused_step=Kernels, say=said.append))
+    reader = Recorded(model)
+    found = written(generate(model, tokens(2, 3), 20, temperature=0, reader=reader))
+    assert torch.equal(found, written(generate(model, tokens(2, 3), 20, temperature=0)))
+    assert (reader.fused is not None) == same
+    assert len(said) == (0 if same else 1) and all("another model than model.py" in line for line in said)
 
 
 @pytest.mark.parametrize("arch", ARCHS)
