@@ -7,7 +7,7 @@ BIN := .venv/bin
 train: .venv/ready            ; $(BIN)/python train.py $(NEW) $(ARGS)
 sample: .venv/ready           ; $(BIN)/python sample.py $(ARGS)
 demo: .venv/ready             ; $(BIN)/python train.py --fresh --minutes 1 --out_dir out-demo $(ARGS) && $(BIN)/python export.py --out_dir out-demo
-pictures: .venv/ready-dev     ; PYTHONPATH=.:tests $(BIN)/python docs/pictures.py $(ARGS)
+pictures: .venv/ready-dev     ; PYTHONPATH=.:tests $(BIN)/python docs/pictures.py $(if $(findstring train,$(MAKECMDGOALS)),,$(ARGS))
 bench: .venv/ready            ; $(BIN)/python bench.py $(ARGS)
 lint: .venv/ready-dev         ; $(BIN)/ruff check . && $(BIN)/ruff format --check .
 test: lint                    ; $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)

@@ -25,6 +25,7 @@ from plan import (
     begin_from,
     check_run,
     choose_settings,
+    end_seconds,
     evaluation_seconds,
     make_config,
     matmul_peak,
@@ -492,7 +493,8 @@ def print_time(model, options, place, data, fits):
         remark = f"assumed: {SHARE_OF_PEAK:.0%} of the peak"
     steps = options.max_iters
     if options.minutes is not None:
-        steps = min(steps, int(60 * options.minutes / (step + evaluation / options.eval_interval)))
+        seconds = max(0.0, 60 * options.minutes - started - end_seconds(options, evaluation))
+        steps = max(1, min(steps, int(seconds / (step + evaluation / options.eval_interval))))
     tokens, windows = steps * step_tokens, f"{options.batch_size} x {options.gradient_accumulation_steps}"
     print("work")
     print_row("FLOP for a token", f"{flops / 1e6:,.1f} M")

@@ -49,6 +49,7 @@ from utils import (
     memory_of,
     missing_extra,
     sync_directory,
+    torch_version,
     write_atomically,
     write_json,
 )
@@ -83,6 +84,8 @@ def _load_torch(path):
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about an unusual pickle; the error says it better
+            if torch_version() < (2, 6):
+                _check_no_program(path)
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
         raise UserError(f"{path}: is damaged, or a pickle that could run code; it was not loaded") from None
@@ -91,6 +94,18 @@ def _load_torch(path):
             raise
         reason = first_line(error) or type(error).__name__
         raise UserError(f"{path}: cannot be read, it may be truncated ({reason})") from None
+
+
+def _check_no_program(path):
+    """Raises UnpicklingError for a TorchScript archive: PyTorch before 2.6 runs its code, whatever weights_only says."""
+    from torch.serialization import _is_torchscript_zip, _is_zipfile, _open_zipfile_reader
+
+    with open(path, "rb") as f:
+        if not _is_zipfile(f):
+            return
+    with _open_zipfile_reader(path) as archive:  # as torch.load reads it
+        if _is_torchscript_zip(archive):
+            raise pickle.UnpicklingError("a program")
 
 
 def _named_tensors(path, content):
@@ -322,7 +337,12 @@ def load_model(path_or_name, block_size=None, dropout=None):
 
 def load_writer(out_dir):
     """load_model for a command that writes with the model of its --out_dir. Raises UserError without a tokenizer."""
-    model, tokenizer = load_model(out_dir)
+    if not out_dir:
+        raise UserError("--out_dir: is empty; name a directory")
+    try:
+        model, tokenizer = load_model(out_dir)
+    except UserError as error:
+        raise UserError(f"--out_dir {error}") from None
     tokenizer = tokenizer or gpt2_tokenizer(model)
     if tokenizer is None:
         raise UserError(f"--out_dir {out_dir}: has no tokenizer; put the tokenizer.json of its run beside it")

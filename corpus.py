@@ -5,8 +5,9 @@
     notes.txt               a UTF-8 text file, as it is (any name that does not end in one of the others)
     pages.jsonl             a JSON object in each line, of which a field is the text of a document
     pages.parquet           a table, of which a column is the same (needs pyarrow)
-    a directory, a glob     all .txt, .jsonl and .parquet files in it, in the order of their names, but for the
+    a directory             all .txt, .jsonl and .parquet files in it, in the order of their names, but for the
                             metrics.jsonl of a run that train.py made there
+    a glob                  all files that it matches, the same
     hf:NAME, hf:NAME:CONFIG a Hugging Face dataset, by name or the directory it lies in (needs datasets)
 
 The text of many documents is one after another, in order, with a line break between; empty ones are left out. Whatever
@@ -51,9 +52,9 @@ def _documents(source, field, count):
         yield from (iter((text,)) for text in _read_dataset(source, field))
         return
     for path in find_files(source):
-        if path.endswith(".jsonl"):
+        if path.lower().endswith(".jsonl"):
             yield from (iter((text,)) for text in _read_jsonl(path, field, count))
-        elif path.endswith(".parquet"):
+        elif path.lower().endswith(".parquet"):
             yield from (iter((text,)) for text in _read_parquet(path, field, count))
         else:
             yield _read_text(path, count)
@@ -65,7 +66,8 @@ def find_files(source):
         found = []
         for directory, below, names in os.walk(source, onerror=_refuse_directory):
             below[:] = sorted(name for name in below if not name.startswith("."))
-            found += [os.path.join(directory, name) for name in names if name.endswith(KINDS) and name[0] != "."]
+            names = [name for name in names if name.lower().endswith(KINDS) and name[0] != "."]
+            found += [os.path.join(directory, name) for name in names]
         found = [path for path in found if os.path.isfile(path) or not os.path.exists(path)]  # no pipes: they may wait
         found.sort(key=lambda path: path.split(os.sep))
     elif os.path.lexists(source) or not glob.has_magic(source):
@@ -141,6 +143,8 @@ def _read_text(path, count):
     """The text of a UTF-8 file, in parts. A byte order mark at its beginning is no part of it."""
     offset, rest = 0, b""  # of the file before `rest`, bytes that may be the first half of a character
     for block in _blocks(path, lambda f: f.read(BLOCK)):
+        if offset == 0 and block.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+            raise UserError(f"{path}: is UTF-16, which some editors call Unicode; save it as UTF-8")
         if b"\0" in block:
             place = offset + len(rest) + block.index(0)
             raise UserError(f"{path}: is a binary file (a zero byte at offset {place}); give a UTF-8 text file")
@@ -151,7 +155,9 @@ def _read_text(path, count):
             text, used = codecs.utf_8_decode(raw, "strict", not block)
         except UnicodeDecodeError as error:
             place = offset + error.start
-            raise UserError(f"{path}: is not UTF-8 (byte {place}); convert it to UTF-8 first") from None
+            raise UserError(
+                f"{path}: is not UTF-8 (byte {place}); convert it to UTF-8 first, such as: iconv -f latin1 -t utf-8"
+            ) from None
         offset, rest = offset + used, raw[used:]
         count(len(block))
         yield text

@@ -10,8 +10,8 @@ A text too large for memory is tokenized onto the disk first, and then read from
 
 Three rules hold everywhere, so that every number in this project can be compared with every other:
 - the validation split is the last tenth of the text, counted in characters;
-- the validation loss is over the whole of it (of a very long one, over --eval_iters batches, spread evenly), in
-  non-overlapping windows, in nats per token (`validation_loss`);
+- the validation loss is over the whole of it (where that takes more than --eval_iters batches, over so many, spread
+  evenly), in non-overlapping windows, in nats per token (`validation_loss`);
 - which windows a training step sees depends on the seed and the step alone, so a resumed run sees what it would have.
 """
 
@@ -90,6 +90,8 @@ def _load_pieces(source, field):
         raise UserError(f"--data {error}") from None
     if not found:
         raise UserError(f"--data {source}: is empty; give a UTF-8 text file")
+    if any("\r\n" in piece for piece in found):
+        print(f"--data {source}: has Windows' line ends, of two characters, which stay so (dos2unix makes them one)")
     return found
 
 

@@ -14,12 +14,14 @@ import utils  # first: Ctrl-C while PyTorch is loading is then no traceback  # n
 # isort: split
 import base64
 import copy
+import errno
 import hashlib
 import html
 import importlib
 import inspect
 import json
 import math
+import ntpath
 import os
 import re
 import textwrap
@@ -34,12 +36,12 @@ from checkpoint import METRICS, load_state, load_writer, read_metrics
 from lighten import to_int8
 from model import GPT
 from modern import Modern, ModernConfig
-from tokenizer import CharTokenizer
+from tokenizer import CharTokenizer, prompt_tokens
 from utils import UserError, option, parse_options, run_command, write_atomically
 
 SOURCES = os.path.join(os.path.dirname(os.path.abspath(__file__)), "page")
 EASY_MB = 16  # a page that is opened within two seconds, and that most mail servers let pass
-PROMPTS = ("One morning", "The", "")  # the first one that the tokenizer knows stands in the page
+PROMPTS = ("One morning", "The", "")  # the first one that the model knows stands in the page
 
 
 @dataclass
@@ -79,9 +81,9 @@ def write_page(options):
     try:
         write_atomically(path, write)
     except OSError as error:
-        raise UserError(
-            f"--html {path}: cannot be written ({error.strerror}); name a file in a directory that exists"
-        ) from None
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        remedy = "make room there" if full else "name a file in a directory that exists and may be written to"
+        raise UserError(f"--html {path}: cannot be written ({error.strerror}); {remedy}") from None
     print(f"{path}: {len(page) / 1e6:.1f} MB, weights in {chosen}. Open it in a browser.")
     return 0
 
@@ -92,7 +94,7 @@ def page_of(model, tokenizer, options, training=()):
     Raises UserError where the page does not run such a tokenizer, and where it would be too large.
     """
     spec = tokenizer_spec(tokenizer, options.out_dir)
-    prompt = first_prompt(tokenizer, options.prompt)
+    prompt = first_prompt(model, tokenizer, options.prompt)
     chosen = choose_format(model, options, spec)
     return build_page(model, spec, chosen, prompt, options.title, training), chosen
 
@@ -224,16 +226,26 @@ def tokenizer_spec(tokenizer, out_dir):
     }
 
 
-def first_prompt(tokenizer, wanted):
-    """The text that stands in the page: the one wanted, or one that the tokenizer knows. Raises UserError."""
-    for prompt in PROMPTS if wanted is None else [wanted]:
+@torch.no_grad()
+def first_prompt(model, tokenizer, wanted):
+    """The text that stands in the page: the one wanted, or one that the model knows. Raises UserError.
+
+    It knows a text whose tokens surprise it less than half as much as tokens of which it knew nothing.
+    """
+    if wanted is not None:
         try:
-            tokenizer.encode(prompt)
+            tokenizer.encode(wanted)
         except UserError as error:
-            if wanted is not None:
-                raise UserError(f"--prompt {wanted}: {error}") from None
-        else:
-            return prompt
+            raise UserError(f"--prompt {wanted}: {error}") from None
+        return wanted
+    for prompt in filter(None, PROMPTS):
+        with suppress(UserError):
+            idx = torch.cat([prompt_tokens(tokenizer, "")[0], tokenizer.encode(prompt)])[
+                None, : model.config.block_size
+            ]
+            if idx.size(1) > 1 and float(model(idx[:, :-1], idx[:, 1:])[1]) < math.log(model.config.vocab_size) / 2:
+                return prompt
+    return ""
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -248,7 +260,7 @@ def training_facts(out_dir):
     facts = []
     with suppress(UserError), redirect_stdout(None):  # no state, or a damaged one: the model is whole without it
         data = str(load_state(out_dir)["options"].get("data"))
-        facts.append(("trained on", os.path.basename(os.path.normpath(data))))
+        facts.append(("trained on", ntpath.basename(data.rstrip("/\\"))))
     path = os.path.join(out_dir, METRICS)
     evaluations = [m for m in read_metrics(path) if "val_loss" in m] if os.path.exists(path) else []
     if evaluations:

@@ -44,7 +44,7 @@ class GPTConfig:
     def __post_init__(self):
         for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd"):
             if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
-                raise ValueError(f"{name} {getattr(self, name)!r}: must be an int of at least 1")
+                raise ValueError(f"{name} {getattr(self, name)!r}: must be a whole number of at least 1")
         if self.n_embd % self.n_head != 0:
             raise ValueError(
                 f"n_embd {self.n_embd} is not divisible by n_head {self.n_head}: each head takes an equal share of the "

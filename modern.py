@@ -50,7 +50,7 @@ class ModernConfig:
     def __post_init__(self):
         for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd", "ngram", "ngram_rows"):
             if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
-                raise ValueError(f"{name} {getattr(self, name)!r}: must be an int of at least 1")
+                raise ValueError(f"{name} {getattr(self, name)!r}: must be a whole number of at least 1")
         if self.ngram > LONGEST:
             raise ValueError(f"ngram {self.ngram}: must be at most {LONGEST}")
         if self.n_embd % (2 * self.n_head) != 0:

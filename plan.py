@@ -5,6 +5,7 @@ train.py --plan shows is in budget.py.
 """
 
 import functools
+import glob
 import itertools
 import math
 import os
@@ -82,6 +83,10 @@ def make_directory(options, lock):
     Raises UserError where it cannot be written, or another run has begun there.
     """
     out = os.path.normpath(options.out_dir)
+    if os.path.islink(out):  # what it leads to is moved aside or made, and it goes on leading there
+        out = os.path.realpath(out)
+    if options.fresh and os.path.isdir(out) and os.path.samefile(out, os.getcwd()):
+        raise UserError(f"--out_dir {options.out_dir}: --fresh cannot move the directory one is in; name another one")
     try:
         check_directory(options, lock)  # again: a run may have come since
         if holds_run(out) and options.fresh:
@@ -156,6 +161,8 @@ def choose_settings(options, given, tokens, device, dtype, peak=None, processes=
     elif options.arch == "modern":
         read = options.max_iters * options.batch_size * options.gradient_accumulation_steps * options.block_size
         chosen = {**MODERN, **MODERN_SHAPE, "ngram_decay": ngram_decay(read / max(1, tokens))}
+    if "n_head" in chosen:
+        fit_heads(chosen, options, given)
     if "batch_size" in chosen:
         chosen["batch_size"] = math.ceil(chosen["batch_size"] / processes) * processes
     chosen = {name: value for name, value in chosen.items() if name not in given}
@@ -179,6 +186,17 @@ def choose_settings(options, given, tokens, device, dtype, peak=None, processes=
             " ".join(f"--{name} {value:g}" if name != "arch" else f"--{name} {value}" for name, value in shown.items())
         )
     return options
+
+
+def fit_heads(chosen, options, given):
+    """Where one of n_embd and n_head was given, choose the other such that they make a model."""
+    each = 2 if options.arch == "modern" else 1  # channels of a head are a multiple of this
+    if "n_embd" in given and "n_head" not in given:
+        possible = [n for n in range(1, options.n_embd // each + 1) if options.n_embd % (each * n) == 0]
+        chosen["n_head"] = min(possible or [1], key=lambda n: abs(n - chosen["n_head"]))
+    elif "n_head" in given and "n_embd" not in given:
+        unit = each * options.n_head
+        chosen["n_embd"] = max(1, round(chosen["n_embd"] / unit)) * unit
 
 
 def check_arch(options, given):
@@ -365,17 +383,24 @@ def resume(options, given, device, processes=ALONE):
         path = os.path.join(options.out_dir, "tokenizer.json")
         what = "is missing" if tokenizer is None else "is not the tokenizer this run began with"
         raise UserError(f"{path}: {what}; put that back, or start anew with --fresh")
+    other_text = UserError(
+        f"--data {options.data}: is not the text this run began with; put that back to go on, or train on with the new "
+        f"one: --init_from {options.out_dir} --out_dir NEW"
+    )
+    elsewhere = not (options.data.startswith("hf:") or glob.has_magic(options.data) or os.path.exists(options.data))
+    if elsewhere and "data" not in given:
+        raise UserError(f"--data {options.data}: is where this run found its text; say where it is now with --data")
     try:
         data = load_data(options.data, tokenizer, options.field)
     except UnknownCharacters:
-        raise UserError(f"--data {options.data}: is not the text this run began with; put that back to go on") from None
+        raise other_text from None
     except OtherTokenizer as error:
         raise UserError(
             f"--data {error.path}: was prepared with another tokenizer than that of the run in {options.out_dir}; put "
             f"back what it began with"
         ) from None
     if data.fingerprint != state["fingerprint"]:
-        raise UserError(f"--data {options.data}: is not the text this run began with; put that back to go on")
+        raise other_text
     return options, build_model(options, state["config"]["vocab_size"]), data, state
 
 
@@ -389,7 +414,8 @@ def check_what_is_left(options, given, state):
         return
     ended_by_the_clock = state["progress"] == 1 and step < began_with["max_iters"] and not due
     if ended_by_the_clock and options.minutes <= began_with["minutes"]:
-        raise UserError(f"--resume: the run in {options.out_dir} has had its {options.minutes:g} minutes; give more")
+        had = f"the run in {options.out_dir} has had its {options.minutes:g} minutes"
+        raise UserError(f"--resume: {had}; give a larger --minutes")
     if "minutes" in given and 60 * options.minutes < counters["seconds"]:
         had = f"the run in {options.out_dir} has had {counters['seconds'] / 60:.2f}"
         raise UserError(f"--minutes {options.minutes:g}: {had}; give more, or leave it out")
@@ -553,6 +579,12 @@ def evaluation_seconds(token_seconds, options, data):
     """How long an evaluation takes."""
     tokens = min(len(data.val), options.eval_iters * options.batch_size * options.block_size)
     return EVALUATION_WORK * token_seconds * tokens
+
+
+def end_seconds(options, evaluation):
+    """How long to leave for the end of a run of minutes: the last evaluation, a picture with the loading of matplotlib,
+    a sample and a draft, which take 1.5 s."""
+    return min(2.0 + 1.3 * evaluation, 30 * options.minutes)
 
 
 def evaluation_batches(options, token_seconds, processes=1):

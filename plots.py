@@ -36,6 +36,8 @@ def loss_curve(metrics, title="loss, in nats per token"):
         ("val_loss", "validation", dict(color=RED, marker="o", markersize=4)),
     ):
         points = [(m["step"], m[key]) for m in metrics if key in m]
+        if len(points) == 1:
+            style = dict(style, marker="o")
         if points:
             axes.plot(*zip(*points), label=label, **style)
             if key == "val_loss":
@@ -53,6 +55,8 @@ def loss_curve(metrics, title="loss, in nats per token"):
 def save_picture(figure, path):
     """Write a figure to the path of a command's --out. Raises UserError where it cannot be written."""
     kind = os.path.splitext(path)[1][1:] or "png"
+    if not os.path.splitext(path)[1] and os.path.isfile(path):
+        raise UserError(f"--out {path}: is there already and no picture by its name; name a .png file")
     try:
         write_atomically(path, lambda temporary: figure.savefig(temporary, dpi=120, format=kind))
     except (OSError, ValueError, RuntimeError) as error:  # no such directory; no such picture format, or no TeX for it

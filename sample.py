@@ -23,6 +23,7 @@ if "OMP_WAIT_POLICY" not in os.environ:  # in a pass over a few tokens, threads 
 import utils  # first: it starts the clock  # noqa: F401
 
 # isort: split
+import errno
 import math
 import sys
 import time
@@ -63,14 +64,16 @@ class SampleOptions:
     out_dir: str = option("out", "what train.py wrote, a GPT-2 directory, a nanoGPT ckpt.pt, or gpt2 ... gpt2-xl")
     max_new_tokens: int = option(500, "tokens to write; may exceed the model's block_size", at_least=0)
     num_samples: int = option(1, "texts to write; of a beam search the best ones, each once", at_least=1)
-    temperature: float = option(1.0, "below 1 more cautious, above 1 wilder, 0 always the likeliest token", at_least=0)
+    temperature: float = option(
+        1.0, "below 1 more cautious, above 1 wilder, 0 always the likeliest token", at_least=0, below=1e12
+    )
     top_k: Optional[int] = option(None, "draw from the k likeliest tokens; 0 or above the vocabulary: all", at_least=0)
     top_p: Optional[float] = option(
         None, "draw from the likeliest tokens that together have probability p; 0: the likeliest only", at_least=0
     )
     min_p: float = option(0.0, "draw from tokens at least p times as probable as the likeliest", at_least=0)
     repetition_penalty: float = option(
-        1.0, "above 1: tokens that are in the text already get less likely", at_least=0.01
+        1.0, "above 1: tokens that are in the text already get less likely", at_least=0.01, below=1e12
     )
     num_beams: int = option(1, "above 1: beam search with that many beams, in which nothing is drawn", at_least=1)
     length_penalty: float = option(
@@ -125,6 +128,19 @@ def read_prompt(options):
         ) from None
     except UnicodeDecodeError:
         raise UserError(f"--prompt_file {options.prompt_file}: is not UTF-8 text; save it as such") from None
+
+
+def known(prompt, tokenizer, options):
+    """The prompt, if the model knows its characters; Windows' line ends become a line break where it knows that only.
+    Raises UserError."""
+    try:
+        tokenizer.encode(prompt)
+        return prompt
+    except UserError as error:
+        if "\r\n" in prompt:
+            return known(prompt.replace("\r\n", "\n"), tokenizer, options)
+        flag = "--prompt" if options.prompt_file is None else f"--prompt_file {options.prompt_file}"
+        raise UserError(f"{flag}: {error}") from None
 
 
 def check(options, given):
@@ -187,6 +203,7 @@ def sample(options, given):
         raise UserError(f"--quantize {options.quantize}: is made for the CPU, not {device.type}; use --dtype")
     prompt = read_prompt(options)
     model, tokenizer = load_writer(options.out_dir)
+    prompt = known(prompt, tokenizer, options)
     if device.type == "cpu":
         lighten(model.eval(), options.quantize or options.dtype or usual_format(model))
     else:
@@ -317,8 +334,14 @@ def interact(prompt, scribe):
             said = sys.stdin.readline()
         except KeyboardInterrupt:
             return
+        except OSError as error:
+            if error.errno == errno.EIO:  # the terminal is gone
+                return
+            problem = f"--interactive: standard input cannot be read ({error.strerror})"
+            raise UserError(f"{problem}; start it in a terminal, or give it a file") from None
         if not said:  # the end of the input
             return
+        said = said[1:] if said.startswith("\ufeff") else said  # a file's byte order mark
         try:
             new = scribe.tokenizer.encode(said.rstrip("\r\n")).tolist()
         except UserError as error:
@@ -350,7 +373,7 @@ def explain(prompt, scribe):
             p = float(scribe.sampling.plain[0, ids[-1]])
             pieces.append((piece, p))
             write(f"{p:.4f}  {piece!r}\n")
-    if sys.stdout.isatty():
+    if sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb":
         coloured = (
             f"\x1b[48;5;{colour}m\x1b[30m{piece}\x1b[0m" if colour else piece
             for piece, p in pieces

@@ -18,7 +18,7 @@ import sys
 
 import torch
 
-from utils import UserError, missing_extra, write_json
+from utils import UserError, first_line, missing_extra, write_json
 
 FILE = "tokenizer.json"
 KINDS = "chars, bytes, bpe:N (N tokens, as in bpe:4096), gpt2, or the path of a tokenizer.json"
@@ -162,9 +162,14 @@ class LibraryTokenizer:
         self.vocab_size = tokenizer.get_vocab_size()
 
     def encode(self, text):
-        """Raises UnknownCharacters for half a surrogate pair, which is no character."""
+        """Raises UnknownCharacters for half a surrogate pair, which is no character, and UserError for a text that the
+        library has no tokens for."""
         utf8(text)
-        return torch.tensor(self._tokenizer.encode(text, add_special_tokens=False).ids, dtype=torch.int64)
+        try:
+            ids = self._tokenizer.encode(text, add_special_tokens=False).ids
+        except Exception as error:  # the library has no kind of its own
+            raise UserError(f"the tokenizer has no tokens for {text!r:.60} ({first_line(error)})") from None
+        return torch.tensor(ids, dtype=torch.int64)
 
     def decode(self, ids):
         return self._tokenizer.decode(plain(ids), skip_special_tokens=False)
@@ -250,7 +255,10 @@ def make_tokenizer(name, chars, texts):
     if name == "gpt2":
         from checkpoint import find_on_hub  # here, as checkpoint.py itself reads tokenizers
 
-        path = find_on_hub("gpt2", [FILE])
+        try:
+            path = find_on_hub("gpt2", [FILE])
+        except UserError as error:
+            raise UserError(f"--tokenizer {error}") from None
     else:
         path = name
     tokenizer = load_tokenizer(path) if os.path.isdir(path) else _read_tokenizer(path)
@@ -374,7 +382,9 @@ def prompt_tokens(tokenizer, prompt):
         try:
             ids = tokenizer.encode("\n")
         except UserError:
-            ids = torch.zeros(1, dtype=torch.int64)
+            pass
+    if len(ids) == 0:
+        ids = torch.zeros(1, dtype=torch.int64)
     return ids[None]
 
 

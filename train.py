@@ -63,6 +63,7 @@ from plan import (
     begin,
     check_directory,
     check_run,
+    end_seconds,
     evaluation_batches,
     evaluation_seconds,
     make_directory,
@@ -87,14 +88,17 @@ from utils import (
     random_states,
     restore_random_states,
     run_command,
+    script,
     seconds_in_words,
     write_atomically,
 )
 
 MOST_SKIPPED = 20  # steps in a row: float16's scale of 2^16 may need 16 to come down to 1
+TOGETHER = 0.5  # seconds in which two signals are one
 SAVE_SECONDS = 60  # between two savings, where evaluations do not save more often
 SAVE_SHARE = 0.01  # of the time, that these savings may take
 PICTURE_SHARE = 0.05  # of the time, that pictures of the loss may take before the last one
+FEW_STEPS = 20  # after which a model has hardly begun to learn
 SAMPLE_SECONDS = 10  # for a sample at most
 
 
@@ -127,7 +131,7 @@ class TrainOptions:
     arch: str = option("gpt", "gpt (GPT-2 exactly) or modern (modern.py)", choices=("gpt", "modern"))
     n_layer: int = option(6, "transformer layers", at_least=1, below=10_000)
     n_head: int = option(6, "attention heads in each layer", at_least=1)
-    n_embd: int = option(384, "channels (embedding dimension), a multiple of n_head", at_least=1)
+    n_embd: int = option(384, "channels (embedding dimension), a multiple of n_head; modern: of twice that", at_least=1)
     block_size: int = option(256, "context length in tokens", at_least=1)
     dropout: float = option(0.2, "share of activations switched off while training", at_least=0, below=1)
     ngram: int = option(
@@ -206,7 +210,8 @@ def errors_in_words(options):
 class StopSignal:
     """Turns Ctrl-C, SIGTERM and SIGHUP into a request to stop after this step. Used as a context.
 
-    A second Ctrl-C or SIGTERM leaves at once.
+    A second Ctrl-C or SIGTERM leaves at once, unless it comes with the first: timeout and others send one to a program
+    and then one to its group.
 
     number: the signal on which all processes have agreed, None while there is none.
 
@@ -247,11 +252,13 @@ class StopSignal:
 
     @staticmethod
     def _leave_at_the_second(signals):
-        came = 0
+        first = math.inf
         for [number] in iter(lambda: signals.recv(1), b""):
-            came += number in (signal.SIGINT, signal.SIGTERM)
-            if came == 2:
-                os._exit(128 + number)
+            if number in (signal.SIGINT, signal.SIGTERM):
+                now = time.monotonic()
+                first = min(first, now)
+                if now - first > TOGETHER:
+                    os._exit(128 + number)
 
     def until(self, items):
         """Yields the items; raises Stopped as soon as the signal has come."""
@@ -629,8 +636,7 @@ def look_ahead(run, batches, given):
     evaluation = evaluation_seconds(token_seconds, replace(options, eval_iters=run.eval_iters), run.data)
     evaluation /= run.processes.world
     if options.minutes is not None:
-        # a picture with the loading of matplotlib, a sample and a draft take 1.5 s
-        run.reserved = min(2.0 + 1.3 * evaluation, 30 * options.minutes)
+        run.reserved = end_seconds(options, evaluation)
         seconds = 60 * options.minutes - run.seconds
     else:
         seconds = token_seconds * x.numel() * (options.max_iters - run.step)
@@ -639,7 +645,7 @@ def look_ahead(run, batches, given):
             flags, share = smaller_setting(options, given)
             new = options.init_from is None and not options.resume  # else the size is that of the weights
             if share < 1 and new and run.processes.world == 1:
-                print(f"A smaller one, about {seconds_in_words(seconds * share)}: python train.py {flags}")
+                print(f"A smaller one, about {seconds_in_words(seconds * share)}: python {script('train.py')} {flags}")
     compile, forced = options.compile, "compile" in given
     if run.compiled is not None and not forced:
         compile = forced = run.compiled
@@ -675,7 +681,8 @@ def report(run, stop, finished):
         run.draw()
     if stopped:
         program = launcher(run.processes.world)
-        print(f"stopped after step {run.step} and saved; go on with: {program} train.py --out_dir {named} --resume")
+        program = f"{program} {script('train.py')}"
+        print(f"stopped after step {run.step} and saved; go on with: {program} --out_dir {named} --resume")
         return 128 + stop.number
     if run.processes.first:
         Draft.from_tokens(run.data.train).save(out)  # sample.py is faster with it
@@ -683,7 +690,10 @@ def report(run, stop, finished):
         return 0
     print(f"best val loss {run.best:.4f} nats per token ({run.data.bits_per_byte(run.best):.3f} bits per byte)")
     print(f"a sample:\n{sample_text(run.model, run.data.tokenizer, 400, run.device)}\n")
-    print(f"model: {out}/  loss curve: {out}/loss.png  write more: python sample.py --out_dir {named}")
+    if run.options.minutes is not None and run.step < FEW_STEPS:
+        print(f"Only {run.step} steps fitted into --minutes {run.options.minutes:g}; give it more for a better model.")
+    model, picture = os.path.join(out, ""), os.path.join(out, "loss.png")
+    print(f"model: {model}  loss curve: {picture}  write more: python {script('sample.py')} --out_dir {named}")
     return 0
 
 

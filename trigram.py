@@ -68,7 +68,11 @@ class Trigram:
         voices, seen = count_voices(tokens[:cut], vocab_size)
         a, b, c = triples(tokens[max(0, cut - 2) :])  # each (M,): the held-out c, the first with what came before it
         said = torch.stack([voices[0][c], voices[1][b, c], voices[2][a, b, c]], dim=1)  # (M, 3)
-        weights, _ = fit_weights(said, bucket(seen[a, b]))
+        buckets = bucket(seen[a, b])
+        weights, _ = fit_weights(said, buckets)
+        for k in range(1, BUCKETS):  # none of the tokens was in it: as in that of pairs seen less often
+            if not (buckets == k).any():
+                weights[k] = weights[k - 1]
         return cls(*count_voices(tokens, vocab_size), weights)
 
     def next_probs(self, context):

@@ -49,6 +49,7 @@ import errno
 import functools
 import json
 import re
+import shlex
 import threading
 import typing
 from dataclasses import field, fields
@@ -77,7 +78,9 @@ def run_command(main):
     outlive_readers(sys.stderr)
     _watch(sys.stdout, _name_output)
     if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="replace")  # a ? for a character that the terminal's encoding lacks
+        # A ? for a character that a terminal's encoding lacks. A file's lacks none: not even on Windows (1252).
+        to_file = not sys.stdout.isatty() and "PYTHONIOENCODING" not in os.environ
+        sys.stdout.reconfigure(errors="replace", **(dict(encoding="utf-8") if to_file else {}))
     try:
         status = main(sys.argv[1:])
         sys.stdout.flush()  # here a full disk can still be told
@@ -98,6 +101,8 @@ def run_command(main):
         if not is_out_of_memory(error):
             raise
         status = refuse("out of memory; take a smaller model or text, or a machine with more")
+    with contextlib.suppress(ValueError):  # in another thread than the first
+        signal.signal(signal.SIGINT, leave)  # what is left to do would end in a traceback
     sys.exit(status)
 
 
@@ -105,6 +110,11 @@ def refuse(problem):
     """Tell of a problem in one line on stderr. Returns the exit status for it, 2."""
     print(f"{os.path.basename(sys.argv[0])}: error: {problem}", file=sys.stderr)
     return 2
+
+
+def script(name):
+    """One of our files as it is typed where one is now: by its name alone in this directory, else by its whole path."""
+    return name if os.path.realpath(os.getcwd()) == os.path.realpath(HERE) else shlex.quote(os.path.join(HERE, name))
 
 
 OUTPUT = "standard output"
@@ -428,9 +438,10 @@ def write_atomically(path, write):
     Where the machine loses its power, path is the old file or the new one too: both the file and its name are on the
     disk when this returns. Raises OSError.
     """
-    temporary = f"{path}.tmp"
     if os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path):
         return write(path)  # a device or a pipe, whose place a file shall not take
+    path = os.path.realpath(path)  # a link stays, and leads to what is new
+    temporary = f"{path}.tmp"
     try:
         write(temporary)
         with open(temporary, "rb+") as f:

@@ -84,9 +84,12 @@ async function withSurprise(tokens, from) {
 
 /** Make the text what a person wrote. Raises an Error where it has characters that the model does not know. */
 async function setText(text, remember = true) {
+  const old = state.tokens;
+  const shown = old.map(({ piece }) => piece).join("");
+  // What is shown is less than the tokens: a text field has no \r, and a character that is broken is one sign.
+  if (text !== "" && text === shown.replace(/\r\n?/g, "\n")) return;
   let wanted = tokenizer.encode(text);
   if (wanted.length === 0) wanted = tokensOfNothing();
-  const old = state.tokens;
   let same = 0;
   while (same < Math.min(old.length, wanted.length) && old[same].id === wanted[same]) same++;
   if (same === old.length && same === wanted.length) return;

@@ -38,6 +38,13 @@ def test_windows_line_ends_are_kept(tmp_path):
     assert load_text(write(tmp_path / "a.txt", "a\r\nb\rc\n")) == "a\r\nb\rc\n"
 
 
+def test_windows_line_ends_are_told(tmp_path, capsys):
+    load_data(write(tmp_path / "a.txt", "a\r\nb\rc\n" * 10))
+    assert "a.txt: has Windows' line ends, of two characters, which stay so" in capsys.readouterr().out
+    load_data(write(tmp_path / "a.txt", "a\nb\rc\n" * 10))
+    assert capsys.readouterr().out == ""
+
+
 def test_a_byte_order_mark_is_removed(tmp_path):
     assert load_text(write(tmp_path / "a.txt", b"\xef\xbb\xbfhello")) == "hello"
 
@@ -48,7 +55,7 @@ def test_a_byte_order_mark_is_removed(tmp_path):
         (b"", "is empty"),
         (b"\xef\xbb\xbf", "is empty"),
         (b"PK\x03\x04\0\0", r"is a binary file \(a zero byte at offset 4\)"),
-        ("hello".encode("utf-16"), "is a binary file"),
+        ("hello".encode("utf-16"), "is UTF-16, which some editors call Unicode; save it as UTF-8"),
         ("naïve".encode("latin-1"), r"is not UTF-8 \(byte 2\)"),
         ("naïve".encode()[:3], r"is not UTF-8 \(byte 2\)"),
     ],

@@ -124,7 +124,19 @@ def test_the_weights_never_see_the_val_split(merrow):
     a, b, c = triples(text[17_998:])
     assert len(c) == 2000
     said = torch.stack([voices[0][c], voices[1][b, c], voices[2][a, b, c]], dim=1)
-    assert torch.equal(model.weights, fit_weights(said, bucket(seen[a, b]))[0])
+    buckets = bucket(seen[a, b])
+    fitted = buckets.unique()
+    assert torch.equal(model.weights[fitted], fit_weights(said, buckets)[0][fitted])
+
+
+def test_pairs_seen_more_often_than_any_held_out_one_have_the_weights_of_those_seen_less_often():
+    """Counted over all of the text, a pair can cross a power of two, beyond which no weights were fitted."""
+    text = torch.tensor([0, 1, 0, 2] * 300)  # ab is seen some 270 times in nine tenths of it, and 300 in all
+    model = Trigram.from_tokens(text, 3)
+    assert bucket(model.seen).max() == 9 and not torch.allclose(model.weights[9], torch.full((3,), 1 / 3).double())
+    text = torch.tensor([0, 1, 0, 2] * 130)  # 117 and 130
+    model = Trigram.from_tokens(text, 3)
+    assert bucket(model.seen).max() == 8 and torch.equal(model.weights[8], model.weights[7])
 
 
 def test_the_ladder(merrow):
