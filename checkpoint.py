@@ -97,7 +97,7 @@ def _load_torch(path):
 
 
 def _check_no_program(path):
-    """Raises UnpicklingError for a TorchScript archive: PyTorch before 2.6 runs its code, whatever weights_only says."""
+    """Raises UnpicklingError for a TorchScript archive, whose code PyTorch before 2.6 runs, weights_only or not."""
     from torch.serialization import _is_torchscript_zip, _is_zipfile, _open_zipfile_reader
 
     with open(path, "rb") as f:

@@ -64,16 +64,14 @@ class SampleOptions:
     out_dir: str = option("out", "what train.py wrote, a GPT-2 directory, a nanoGPT ckpt.pt, or gpt2 ... gpt2-xl")
     max_new_tokens: int = option(500, "tokens to write; may exceed the model's block_size", at_least=0)
     num_samples: int = option(1, "texts to write; of a beam search the best ones, each once", at_least=1)
-    temperature: float = option(
-        1.0, "below 1 more cautious, above 1 wilder, 0 always the likeliest token", at_least=0, below=1e12
-    )
+    temperature: float = option(1.0, "below 1 more cautious, above 1 wilder, 0 always the likeliest token", at_least=0)
     top_k: Optional[int] = option(None, "draw from the k likeliest tokens; 0 or above the vocabulary: all", at_least=0)
     top_p: Optional[float] = option(
         None, "draw from the likeliest tokens that together have probability p; 0: the likeliest only", at_least=0
     )
     min_p: float = option(0.0, "draw from tokens at least p times as probable as the likeliest", at_least=0)
     repetition_penalty: float = option(
-        1.0, "above 1: tokens that are in the text already get less likely", at_least=0.01, below=1e12
+        1.0, "above 1: tokens that are in the text already get less likely", at_least=0.01
     )
     num_beams: int = option(1, "above 1: beam search with that many beams, in which nothing is drawn", at_least=1)
     length_penalty: float = option(

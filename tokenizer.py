@@ -10,6 +10,7 @@ tokenizer.json holds, in the format of Hugging Face's `tokenizers` library: tran
 One of your own must encode any part of a text (data.py cuts off the last tenth wherever that begins, in a word too).
 """
 
+import contextlib
 import hashlib
 import json
 import math
@@ -379,10 +380,8 @@ def prompt_tokens(tokenizer, prompt):
     """The prompt as (1, T) int64 with T >= 1: an empty one becomes a line break (or the first token there is)."""
     ids = tokenizer.encode(prompt)
     if len(ids) == 0:
-        try:
+        with contextlib.suppress(UserError):
             ids = tokenizer.encode("\n")
-        except UserError:
-            pass
     if len(ids) == 0:
         ids = torch.zeros(1, dtype=torch.int64)
     return ids[None]

@@ -88,7 +88,6 @@ from utils import (
     random_states,
     restore_random_states,
     run_command,
-    script,
     seconds_in_words,
     write_atomically,
 )
@@ -645,7 +644,7 @@ def look_ahead(run, batches, given):
             flags, share = smaller_setting(options, given)
             new = options.init_from is None and not options.resume  # else the size is that of the weights
             if share < 1 and new and run.processes.world == 1:
-                print(f"A smaller one, about {seconds_in_words(seconds * share)}: python {script('train.py')} {flags}")
+                print(f"A smaller one, about {seconds_in_words(seconds * share)}: python train.py {flags}")
     compile, forced = options.compile, "compile" in given
     if run.compiled is not None and not forced:
         compile = forced = run.compiled
@@ -681,8 +680,7 @@ def report(run, stop, finished):
         run.draw()
     if stopped:
         program = launcher(run.processes.world)
-        program = f"{program} {script('train.py')}"
-        print(f"stopped after step {run.step} and saved; go on with: {program} --out_dir {named} --resume")
+        print(f"stopped after step {run.step} and saved; go on with: {program} train.py --out_dir {named} --resume")
         return 128 + stop.number
     if run.processes.first:
         Draft.from_tokens(run.data.train).save(out)  # sample.py is faster with it
@@ -693,7 +691,7 @@ def report(run, stop, finished):
     if run.options.minutes is not None and run.step < FEW_STEPS:
         print(f"Only {run.step} steps fitted into --minutes {run.options.minutes:g}; give it more for a better model.")
     model, picture = os.path.join(out, ""), os.path.join(out, "loss.png")
-    print(f"model: {model}  loss curve: {picture}  write more: python {script('sample.py')} --out_dir {named}")
+    print(f"model: {model}  loss curve: {picture}  write more: python sample.py --out_dir {named}")
     return 0
 
 

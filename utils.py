@@ -49,7 +49,6 @@ import errno
 import functools
 import json
 import re
-import shlex
 import threading
 import typing
 from dataclasses import field, fields
@@ -110,11 +109,6 @@ def refuse(problem):
     """Tell of a problem in one line on stderr. Returns the exit status for it, 2."""
     print(f"{os.path.basename(sys.argv[0])}: error: {problem}", file=sys.stderr)
     return 2
-
-
-def script(name):
-    """One of our files as it is typed where one is now: by its name alone in this directory, else by its whole path."""
-    return name if os.path.realpath(os.getcwd()) == os.path.realpath(HERE) else shlex.quote(os.path.join(HERE, name))
 
 
 OUTPUT = "standard output"

@@ -111,7 +111,7 @@ def test_parameters_and_flops_by_hand():
         (dict(vocab_size=-5), "vocab_size -5: must be"),
         (dict(block_size=0), "block_size 0: must be"),
         (dict(n_head=0), "n_head 0: must be"),
-        (dict(n_embd="16"), "n_embd 16: must be a whole number"),
+        (dict(n_embd="16"), "n_embd '16': must be a whole number"),
         (dict(dropout=1.0), "dropout 1.0: must be at least 0 and below 1"),
         (dict(dropout=float("nan")), "dropout nan: must be"),
     ],
@@ -475,7 +475,7 @@ def test_a_smaller_block_size_crops_the_window_and_a_larger_one_is_refused(saved
     "change, words",
     [
         (dict(n_layer=...), "'n_layer'"),
-        (dict(n_embd="16"), "n_embd 16: must be a whole number"),
+        (dict(n_embd="16"), "n_embd '16': must be a whole number"),
         (dict(n_embd=None), "n_embd None: must be"),
         (dict(n_layer=1.5), "n_layer 1.5: must be a whole number"),
         (dict(n_head=16), "n_embd 16 is not divisible by 2 x n_head 16"),
