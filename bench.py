@@ -461,6 +461,10 @@ def without_soft_cap():
     modern.Modern.forward = rewired(modern.Modern.forward, torch=cap_free)
 
 
+def without_further_tokens():
+    plan.tokens_ahead = lambda options, vocab_size: 1
+
+
 def without_muon():
     def build_optimizers(model, options, device):
         named = list(model.named_parameters())
@@ -480,6 +484,7 @@ IDEAS = {
     "ReLU squared (GELU instead)": without_relu_squared,
     "zero projections and head": without_zero_init,
     "soft-capped logits": without_soft_cap,
+    "further tokens": without_further_tokens,
     "Muon (AdamW instead)": without_muon,
 }
 

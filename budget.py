@@ -157,7 +157,7 @@ def parameters(model):
     for name, p in model.named_parameters():
         if ".attn." in name or ".mlp." in name:
             part = "attention" if ".attn." in name else "MLP"
-        elif "lm_head" in name:
+        elif name in ("lm_head.weight", "ahead.weight"):
             part = "head"
         else:
             part = "embeddings" if p.dim() == 2 else "norms and shifts"
@@ -246,8 +246,10 @@ def check_activations(options, config, device, dtype, processes=1):
 
 
 def logit_bytes(config, tokens):
-    """What the logits of so many tokens take at most, at the loss: three float32 copies, or with a soft cap four."""
-    return 4 * (4 if isinstance(config, ModernConfig) else 3) * config.vocab_size * tokens
+    """What the logits of so many tokens take at most, at the loss: three float32 copies, or with a soft cap four, and
+    three of those of each further token."""
+    copies = 4 + 3 * (config.ahead - 1) if isinstance(config, ModernConfig) else 3
+    return 4 * copies * config.vocab_size * tokens
 
 
 def evaluation_bytes(config, tokens, place):
@@ -371,8 +373,9 @@ def files(model, keep, shard=False):
     """The large files that a run leaves in out_dir: [(name, bytes, remark)]. keep: how many states."""
     weights, means = weight_bytes(model)
     ending, state = "dcp/" if shard else "pt", weights + means
+    further = model.ahead.weight.numel() if getattr(model, "ahead", None) is not None else 0  # not saved to write with
     return [
-        ("model.safetensors", weights, "the best weights"),
+        ("model.safetensors", weights - 4 * further, "the best weights"),
         (f"state.{ending}", state, "the newest weights and the optimizer's means, for --resume"),
         (f"state-STEP.{ending}", (keep - 1) * state, f"{keep - 1} before it, of --keep {keep}: one more while saving"),
     ]
@@ -405,7 +408,8 @@ def show(options, given):
         options, model, data = begin_from(options, given, place.device, place.dtype, place.processes)
         config = model.config
     elif options.vocab_size is not None:
-        options = choose_settings(options, given, 0, place.device, place.dtype, peak, place.processes)
+        V = options.vocab_size
+        options = choose_settings(options, given, 0, place.device, place.dtype, peak, place.processes, V)
         data = None
         config = make_config(options, options.vocab_size)
     else:

@@ -57,6 +57,7 @@ from utils import (
 METRICS = "metrics.jsonl"
 MODERN_TYPE = "nanogpt-modern"  # in config.json, where a GPT has "gpt2"
 BEFORE_NGRAMS = dict(ngram=1, ngram_rows=1)  # what a config.json says that is older than these
+ONLY_TO_LEARN = "ahead"  # of modern.py: what foretells further tokens; a model that writes has none
 HUB_NAMES = {name: f"openai-community/{name}" for name in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")}
 
 # GPT-2's published weights hold these matrices as (in, out); a PyTorch Linear holds (out, in).
@@ -237,8 +238,11 @@ def saved_loss(directory):
 
 def _modern_files(config, weights):
     """The config.json and tensors of modern.py's model."""
-    tensors = {name: p.float().cpu().contiguous() for name, p in weights.items()}
-    return {"model_type": MODERN_TYPE, **asdict(config)}, tensors
+    kept = {name: p for name, p in weights.items() if not name.startswith(f"{ONLY_TO_LEARN}.")}
+    tensors = {name: p.float().cpu().contiguous() for name, p in kept.items()}
+    sizes = asdict(config)
+    del sizes[ONLY_TO_LEARN]
+    return {"model_type": MODERN_TYPE, **sizes}, tensors
 
 
 def _gpt2_files(c, weights):
@@ -432,7 +436,7 @@ def _read_directory(directory):
 
 def _read_modern(path, c):
     """The ModernConfig in a config.json that was read from path."""
-    c = {**BEFORE_NGRAMS, **c}
+    c = {**BEFORE_NGRAMS, **c, ONLY_TO_LEARN: 1}
     try:
         return ModernConfig(**{f.name: c[f.name] for f in fields(ModernConfig)})
     except (KeyError, TypeError, ValueError) as error:

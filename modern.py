@@ -11,6 +11,7 @@ What changed, and why, with the papers. What most of them buy, measured by leavi
     zero projections        every layer begins as doing nothing, and learns to add something
     untied, zero head       the first guess is "all tokens equally likely"; reading and writing have a table each
     soft-capped logits      no token can be called certain, so no step can be wildly wrong
+    further tokens          while it learns, each position also foretells those after the next: that helps with the next
     Muon                    updates of the matrices in which all directions count the same (optim.build_optimizers)
 
 Shapes in the comments as in model.py: B sequences, T tokens, C channels, H heads of D channels, V possible tokens.
@@ -46,13 +47,16 @@ class ModernConfig:
     dropout: float = 0.0
     ngram: int = 5  # tokens of the longest run that has a vector of its own; 1 for none but the tokens themselves
     ngram_rows: int = 16384  # vectors that all runs share
+    ahead: int = 1  # tokens that a position foretells while it learns; it writes with the first alone
 
     def __post_init__(self):
-        for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd", "ngram", "ngram_rows"):
+        for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd", "ngram", "ngram_rows", "ahead"):
             if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
                 raise ValueError(f"{name} {getattr(self, name)!r}: must be a whole number of at least 1")
         if self.ngram > LONGEST:
             raise ValueError(f"ngram {self.ngram}: must be at most {LONGEST}")
+        if self.ahead > self.block_size:
+            raise ValueError(f"ahead {self.ahead}: must be at most block_size, {self.block_size}")
         if self.n_embd % (2 * self.n_head) != 0:
             raise ValueError(
                 f"n_embd {self.n_embd} is not divisible by 2 x n_head {self.n_head}: rotary positions turn each head's "
@@ -210,12 +214,16 @@ class Modern(nn.Module):
         self.drop = Dropout(config.dropout)
         self.layers = nn.ModuleList([Block(config) for _ in range(config.n_layer)])
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)  # untied
+        self.ahead = None
+        if config.ahead > 1:
+            self.ahead = nn.Linear(config.n_embd, (config.ahead - 1) * config.vocab_size, bias=False)
+            self.register_buffer("ahead_share", torch.ones(()), persistent=False)  # falls to 0 (optim.Learner)
         cos, sin = rotary_table(config.block_size, config.n_embd // config.n_head)
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
         for name, p in self.named_parameters():
             # Each layer begins as doing nothing, the first guess as undecided (Zhang et al. 2019).
-            if name.endswith("c_proj.weight") or name == "lm_head.weight":
+            if name.endswith("c_proj.weight") or name in ("lm_head.weight", "ahead.weight"):
                 nn.init.zeros_(p)
             elif name.startswith("layers.") and p.dim() == 2:
                 bound = 0.5 * math.sqrt(3 / p.size(1))  # a standard deviation of 0.5 / sqrt(C)
@@ -241,13 +249,26 @@ class Modern(nn.Module):
                 x = checkpoint(block, x, cos, sin, use_reentrant=False)
             else:
                 x = block(x, cos, sin, None if cache is None else cache.layers[i])
-        if targets is None:
-            x = x[:, -last:]
-        logits = self.lm_head(norm(x)).float()
+        x = norm(x[:, -last:] if targets is None else x)
+        logits = self.lm_head(x).float()
         logits = 15 * torch.tanh(logits / 15)  # soft cap (Gemma Team 2024, Gemma 2, section 2)
         if targets is None:
             return logits, None
-        return logits, F.cross_entropy(logits.view(-1, logits.size(-1)), targets.reshape(-1), ignore_index=-1)
+        loss = F.cross_entropy(logits.view(-1, logits.size(-1)), targets.reshape(-1), ignore_index=-1)
+        if self.ahead is not None and self.training and T > 1:
+            further = self.further_loss(x, targets)
+            loss = loss + self.ahead_share * (further - further.detach())  # only to learn from: the loss stays the same
+        return logits, loss
+
+    def further_loss(self, x, targets):
+        """Mean cross-entropy of the tokens after the next one (Gloeckle et al. 2024, multi-token prediction).
+
+        x: (B, T, C), normed. targets: (B, T), of which those further on in the row are the further tokens.
+        """
+        n = self.config.ahead
+        further = F.pad(targets, (0, n - 1), value=-1).unfold(1, n, 1)[:, :, 1:]  # (B, T, n - 1), -1 beyond the end
+        logits = self.ahead(x).float()  # (B, T, (n - 1) V)
+        return F.cross_entropy(logits.view(-1, self.config.vocab_size), further.reshape(-1), ignore_index=-1)
 
     def num_params(self, embedding=True):
         """How many numbers are learned; without `embedding`, the tables for reading are left out."""

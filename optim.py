@@ -301,6 +301,8 @@ class Learner:
 
     def take_step(self, x, y, lr_share):
         """What `step` does, operation by operation. lr_share may be a tensor () on the device."""
+        if getattr(self.worker, "ahead", None) is not None:  # so that at the end the next token counts alone
+            self.worker.ahead_share.zero_().add_(lr_share)
         total = self.add_gradients(x, y)
         for optimizer, highest in zip(self.optimizers, self.highest):
             self.scaler.unscale_(optimizer)

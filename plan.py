@@ -115,12 +115,12 @@ def check_memory(options, vocab_size):
     with which one is made that is then spread over processes; and a batch's tokens and logits.
     """
     o = options
-    rows = vocab_size + o.block_size + (o.ngram_rows if o.ngram > 1 else 0)
+    rows = o.ahead * vocab_size + o.block_size + (o.ngram_rows if o.ngram > 1 else 0)
     matrices = 12 * o.n_layer * o.n_embd**2
     parameters = matrices + rows * o.n_embd
     tokens = o.batch_size * o.block_size
     learned = 4 * parameters if o.shard else 16 * parameters - (4 * matrices if o.arch == "modern" else 0)
-    needed = learned + 4 * tokens * vocab_size + 16 * tokens * o.gradient_accumulation_steps
+    needed = learned + 4 * tokens * o.ahead * vocab_size + 16 * tokens * o.gradient_accumulation_steps
     memory = memory_of(torch.device("cpu"))
     if torch.cuda.is_available():
         memory = max(memory or 0, memory_of(torch.device("cuda", 0)))
@@ -135,7 +135,7 @@ def check_memory(options, vocab_size):
         )
 
 
-def choose_settings(options, given, tokens, device, dtype, peak=None, processes=1):
+def choose_settings(options, given, tokens, device, dtype, peak=None, processes=1, vocab_size=65):
     """Fill in what was not given, for a text of so many training tokens, and show it where it was chosen.
 
     A modern model has its own defaults, a fine-tuning too; with --minutes the sizes are those that suit the time. peak:
@@ -167,6 +167,9 @@ def choose_settings(options, given, tokens, device, dtype, peak=None, processes=
         chosen["batch_size"] = math.ceil(chosen["batch_size"] / processes) * processes
     chosen = {name: value for name, value in chosen.items() if name not in given}
     options = replace(options, **chosen)
+    if options.arch == "modern" and options.init_from is None and "ahead" not in given:
+        chosen["ahead"] = tokens_ahead(options, vocab_size)
+        options = replace(options, ahead=chosen["ahead"])
     if options.min_lr is not None and options.min_lr > options.learning_rate:
         raise UserError(
             f"--min_lr {options.min_lr:g}: is where the learning rate ends, and above --learning_rate "
@@ -188,6 +191,12 @@ def choose_settings(options, given, tokens, device, dtype, peak=None, processes=
     return options
 
 
+def tokens_ahead(options, vocab_size):
+    """How many tokens a modern model foretells while it learns: 4, or fewer, so that foretelling the further ones takes
+    no more than a tenth of the work of its layers, as it would where there are many different tokens."""
+    return 1 + min(3, options.block_size - 1, int(0.1 * 12 * options.n_layer * options.n_embd / vocab_size))
+
+
 def fit_heads(chosen, options, given):
     """Where one of n_embd and n_head was given, choose the other such that they make a model."""
     each = 2 if options.arch == "modern" else 1  # channels of a head are a multiple of this
@@ -205,6 +214,8 @@ def check_arch(options, given):
         flag, of = f"--matrix_lr {options.matrix_lr:g}", "modern"
     elif "ngram" in given and options.ngram > 1 and options.arch != "modern":
         flag, of = f"--ngram {options.ngram}", "modern"
+    elif "ahead" in given and options.ahead > 1 and options.arch != "modern":
+        flag, of = f"--ahead {options.ahead}", "modern"
     elif "bias" in given and options.bias and options.arch != "gpt":
         flag, of = "--bias", "gpt"
     else:
@@ -239,7 +250,8 @@ def make_config(options, vocab_size):
     sizes = {name: getattr(options, name) for name in ("block_size", "n_layer", "n_head", "n_embd", "dropout")}
     try:
         if options.arch == "modern":
-            return ModernConfig(vocab_size=vocab_size, ngram=options.ngram, ngram_rows=options.ngram_rows, **sizes)
+            sizes.update((name, getattr(options, name)) for name in ("ngram", "ngram_rows", "ahead"))
+            return ModernConfig(vocab_size=vocab_size, **sizes)
         return GPTConfig(vocab_size=vocab_size, bias=options.bias, **sizes)
     except ValueError as error:
         raise UserError(f"--{error}") from None
@@ -313,7 +325,8 @@ def settle(options, given, device, dtype, peak=None, processes=1, data=None):
     peak, processes: as for choose_settings. data: where it has been loaded.
     """
     data = data or load_data(options.data, options.tokenizer, options.field)
-    options = choose_settings(options, given, len(data.train), device, dtype, peak, processes)
+    V = data.tokenizer.vocab_size
+    options = choose_settings(options, given, len(data.train), device, dtype, peak, processes, V)
     data.check_length(options.block_size)
     return options, data
 
@@ -329,7 +342,7 @@ def begin_from(options, given, device, dtype, processes=1):
     except UserError as error:
         raise error if str(error).startswith("--") else UserError(f"--init_from {error}") from None
     found = dict(asdict(model.config), arch="modern" if isinstance(model, Modern) else "gpt")
-    for name in ("arch", "block_size", "n_layer", "n_head", "n_embd", "ngram", "ngram_rows", "bias"):
+    for name in ("arch", "block_size", "n_layer", "n_head", "n_embd", "ngram", "ngram_rows", "ahead", "bias"):
         wanted = getattr(options, name)
         if name in given and name in found and wanted != found[name]:
             raise UserError(f"--{name} {wanted}: {options.init_from} has {found[name]}; leave the flag out")

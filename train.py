@@ -140,6 +140,9 @@ class TrainOptions:
     ngram_decay: float = option(
         1.0, "modern: decay of these vectors, 0.8 a reading after the first, up to 16; fine-tuning: 0", at_least=0
     )
+    ahead: int = option(
+        1, "tokens that each position foretells while it learns; modern: 4, of many different ones fewer", at_least=1
+    )
     bias: bool = option(True, "biases in the linear layers and LayerNorms, as in GPT-2; modern: none")
     # training
     batch_size: int = option(64, "windows of block_size tokens in each step", at_least=1)

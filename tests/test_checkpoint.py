@@ -9,6 +9,7 @@ import random
 import signal
 import subprocess
 import sys
+from typing import Tuple
 
 import pytest
 import tokenizers
@@ -372,6 +373,35 @@ def test_the_trap_of_the_test_above_works(tmp_path):
     torch.save(trap, tmp_path / "a.pt")
     torch.load(tmp_path / "a.pt", weights_only=False)
     assert os.path.exists(trap.path)
+
+
+class Program(torch.nn.Module):
+    """Writes a file as it is loaded from a TorchScript archive, by PyTorch before 2.6 even with weights_only."""
+
+    @torch.jit.export
+    def __getstate__(self):
+        return (1, self.training)
+
+    @torch.jit.export
+    def __setstate__(self, state: Tuple[int, bool]):
+        torch.save(torch.ones(1), "trap")
+        self.training = state[1]
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "ckpt.pt"])
+@pytest.mark.parametrize("version", [(2, 0), (2, 13)])
+def test_a_torchscript_archive_is_refused_before_its_code_runs(saved, monkeypatch, name, version):
+    """Where PyTorch is that old, its own torch.load would run it, so it is not asked."""
+    monkeypatch.chdir(saved)
+    monkeypatch.setattr(checkpoint, "torch_version", lambda: version)
+    path = saved / name
+    torch.jit.script(Program()).save(str(path))
+    if version < (2, 6):
+        monkeypatch.setattr(torch, "load", lambda *_, **__: pytest.fail("torch.load was asked"))
+    if name == "pytorch_model.bin":
+        os.remove(saved / "model.safetensors")
+    refused(saved if name == "pytorch_model.bin" else path, name)
+    assert not os.path.exists("trap")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

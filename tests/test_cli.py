@@ -380,6 +380,16 @@ def test_resuming_as_another_run_is_refused_and_changes_nothing(command, own, tm
     assert contents(tmp_path) == before
 
 
+def test_a_text_that_was_moved_or_has_grown_is_told_with_what_to_do(command, own, tmp_path):
+    text = (tmp_path / "text.txt").read_text(encoding="utf-8")
+    (tmp_path / "text.txt").rename(tmp_path / "moved.txt")
+    more = ["--resume", "--max_iters", STEPS + 1]
+    assert_refused(command(train, *more), "--data text.txt: is where this run found its text; say where it is now")
+    (tmp_path / "text.txt").write_text(text + text, encoding="utf-8")
+    assert_refused(command(train, *more), "--data text.txt: is not the text this run", "--init_from out --out_dir NEW")
+    assert command(train, *more, "--data", "moved.txt").status == 0
+
+
 def test_settings_repeated_on_resume_are_no_change(command, own):
     assert command(train, "--resume", *TINY, "--max_iters", STEPS + 1).status == 0
     defaults = ["--tokenizer", "chars", "--min_lr", "1e-3"]  # what was left out, as it was filled in
@@ -423,6 +433,22 @@ def test_fresh_moves_the_earlier_run_aside_and_keeps_it_whole(command, own, tmp_
     assert command(train, *arguments, "--out_dir", "out/").status == 0  # a slash makes no difference
     assert contents(tmp_path / "out-1") == first and contents(tmp_path / "out-3") == second
     assert set(os.listdir(str(own))) == FILES
+
+
+def test_fresh_leaves_a_link_in_place_and_moves_what_it_leads_to(command, own, tmp_path, monkeypatch):
+    first = contents(own)
+    os.makedirs(tmp_path / "disk")
+    own.rename(tmp_path / "disk" / "run")
+    own.symlink_to("disk/run")
+    arguments = ["--data", tmp_path / "text.txt", *TINY, "--max_iters", 2, "--fresh"]
+    assert command(train, *arguments).status == 0
+    assert own.is_symlink() and set(os.listdir(tmp_path / "disk" / "run")) == FILES
+    assert contents(tmp_path / "disk" / "run-1") == first
+    (tmp_path / "new").symlink_to("disk/new")
+    assert command(train, *arguments, "--out_dir", "new").status == 0
+    assert (tmp_path / "new").is_symlink() and set(os.listdir(tmp_path / "disk" / "new")) == FILES
+    monkeypatch.chdir(tmp_path / "disk" / "new")
+    assert_refused(command(train, *arguments, "--out_dir", "."), "--out_dir .: --fresh cannot move the directory")
 
 
 def test_fresh_moves_nothing_where_the_new_run_is_refused(command, own, tmp_path):
@@ -648,6 +674,11 @@ def test_a_prompt_from_a_file_or_from_standard_input_is_taken_as_it_is(write, tm
     assert write("--prompt_file", "-", "--seed", 1, stdin="One é\n day".encode()) == expected
 
 
+def test_windows_line_ends_in_a_prompt_are_line_breaks_to_a_model_that_knows_no_others(write, tmp_path):
+    (tmp_path / "windows.txt").write_bytes(b"One\r\n day")
+    assert write("--prompt_file", "windows.txt", "--seed", 1) == write("--prompt", "One\n day", "--seed", 1)
+
+
 def test_an_empty_prompt_begins_as_after_a_line_break(write):
     plain = write("--seed", 1)
     assert plain == write("--prompt", "", "--seed", 1) == write("--prompt_file", "-", "--seed", 1, stdin=b"")
@@ -732,6 +763,8 @@ BAD_TRAINING = [
 BAD_SAMPLING = [
     ("--prompt Straße", "'ß' (U+00DF)"),
     ("--prompt_file missing.txt", "--prompt_file missing.txt: cannot be read"),
+    ("--prompt ж", "--prompt: the model was trained on a text without the character(s) 'ж' (U+0436); leave them out"),
+    ("--prompt_file strange.txt", "--prompt_file strange.txt: the model was trained on a text without"),
     ("--prompt_file latin1.txt", "--prompt_file latin1.txt: is not UTF-8"),
     ("--prompt_file .", "--prompt_file .: cannot be read"),
     ("--prompt x --prompt_file text.txt", "--prompt and --prompt_file: give one of the two"),
@@ -762,6 +795,7 @@ def inputs(finished, tmp_path):
     """tmp_path with good and bad input files in it."""
     shutil.copy(str(finished.cwd / "text.txt"), str(tmp_path))
     (tmp_path / "empty.txt").write_bytes(b"")
+    (tmp_path / "strange.txt").write_text("ж", encoding="utf-8")
     for name in ("binary.bin", "binary.dat"):
         (tmp_path / name).write_bytes(b"text\0\1\2" * 100)
     (tmp_path / "latin1.txt").write_bytes("Straße".encode("latin-1") * 100)
@@ -1044,3 +1078,5 @@ def test_the_defaults_of_a_modern_model_are_those_that_the_help_and_the_readme_t
         assert any(f"`--{name}` {number}" in readme for number in ways_to_write(value)), name
     [told] = [f.metadata["help"] for f in fields(train.TrainOptions) if f.name == "ngram"]
     assert told.endswith(f"modern: {plan.MODERN_SHAPE['ngram']}") and train.TrainOptions.ngram == 1
+    [told] = [f.metadata["help"] for f in fields(train.TrainOptions) if f.name == "ahead"]
+    assert "modern: 4," in told and train.TrainOptions.ahead == 1

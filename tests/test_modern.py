@@ -114,6 +114,8 @@ def test_parameters_and_flops_by_hand():
         (dict(n_embd="16"), "n_embd '16': must be a whole number"),
         (dict(dropout=1.0), "dropout 1.0: must be at least 0 and below 1"),
         (dict(dropout=float("nan")), "dropout nan: must be"),
+        (dict(ahead=0), "ahead 0: must be"),
+        (dict(ahead=9), "ahead 9: must be at most block_size, 8"),
     ],
 )
 def test_numbers_that_make_no_model_are_refused_by_name(wrong, words):
@@ -441,7 +443,17 @@ def test_a_saved_model_comes_back_exactly(saved):
 def test_its_config_json_says_what_it_is_so_that_nobody_takes_it_for_a_gpt2(saved):
     model, directory = saved
     config = json.loads((directory / "config.json").read_text())
-    assert config == {"model_type": "nanogpt-modern", **asdict(model.config)}
+    sizes = asdict(model.config)
+    assert sizes.pop("ahead") == 1  # of learning alone
+    assert config == {"model_type": "nanogpt-modern", **sizes}
+
+
+def test_what_foretells_further_tokens_is_not_saved(tmp_path):
+    model, idx = make_modern(ahead=3), tokens(2, 8)
+    save_model(str(tmp_path), model, CharTokenizer(LETTERS))
+    loaded, _ = load_model(str(tmp_path))
+    assert loaded.config.ahead == 1 and set(model.state_dict()) - set(loaded.state_dict()) == {"ahead.weight"}
+    assert torch.equal(loaded(idx)[0], model(idx)[0])
 
 
 def test_a_model_saved_before_there_were_ngrams_has_none(tmp_path):
@@ -532,8 +544,36 @@ def test_gradient_checkpointing_changes_neither_loss_nor_gradients(dropout):
     assert all(map(torch.equal, *results))
 
 
-def test_every_parameter_takes_part_in_the_loss():
-    model, idx = make_modern().train(), tokens(4, 8)
+def test_it_learns_from_further_tokens_too_and_its_loss_is_that_of_the_next():
+    model, idx, targets, seen = make_modern(ahead=3), tokens(2, 8), tokens(2, 8, seed=1), []
+    expected = model(idx, targets)[1]
+    model.train().ahead_share.fill_(0.25)
+    model.ahead.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    loss = model(idx, targets)[1]
+    assert torch.equal(loss, expected)
+    log_probs = (seen[0] @ model.ahead.weight.T).view(2, 8, 2, 11).log_softmax(dim=-1)
+    places = [(b, t, k) for b in range(2) for t in range(8) for k in (1, 2) if t + k < 8]
+    further = -sum(log_probs[b, t, k - 1, targets[b, t + k]] for b, t, k in places) / len(places)
+    torch.testing.assert_close(model.further_loss(seen[0], targets), further)
+    weights = [p for name, p in model.named_parameters() if name != "lm_head.weight"]
+    found = torch.autograd.grad(loss, weights, retain_graph=True)
+    model.ahead_share.zero_()
+    of_next = torch.autograd.grad(model(idx, targets)[1], weights)
+    of_further = torch.autograd.grad(further, weights, allow_unused=True)
+    for ours, a, b in zip(found, of_next, of_further):
+        torch.testing.assert_close(ours, a + (0 if b is None else 0.25 * b))
+
+
+def test_where_no_token_is_further_the_next_one_is_all_there_is():
+    model, idx = make_modern(ahead=3).train(), tokens(4, 1)
+    loss = model(idx, tokens(4, 1, seed=1))[1]
+    loss.backward()
+    assert loss.isfinite() and model.wte.weight.grad.isfinite().all() and model.ahead.weight.grad is None
+
+
+@pytest.mark.parametrize("ahead", [1, 4])
+def test_every_parameter_takes_part_in_the_loss(ahead):
+    model, idx = make_modern(ahead=ahead).train(), tokens(4, 8)
     model(idx, targets=idx.roll(1, 1))[1].backward()
     assert all(p.grad is not None and p.grad.abs().max() > 0 for p in model.parameters())
 

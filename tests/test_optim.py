@@ -30,7 +30,7 @@ from utils import UserError, autocast, has_bfloat16, random_states, restore_rand
 CPU = torch.device("cpu")
 VOCAB = 11
 TINY = dict(n_layer=2, n_head=2, n_embd=16, block_size=8, batch_size=4, max_iters=20, dropout=0.0, learning_rate=1e-2)
-TINY.update(warmup_iters=0, ngram=3)
+TINY.update(warmup_iters=0, ngram=3, ahead=3)
 needs_muon = pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="a modern model needs PyTorch 2.9's Muon")
 ARCHS = ["gpt", pytest.param("modern", marks=needs_muon)]
 DTYPES = [torch.float32, torch.bfloat16]
@@ -110,7 +110,7 @@ def test_of_a_modern_model_muon_gets_the_matrices_of_the_layers_and_adamw_the_re
     in_a_layer = ("c_q.weight", "c_k.weight", "c_v.weight", "attn.c_proj.weight", "c_fc.weight", "mlp.c_proj.weight")
     assert len(by_muon) == 2 * len(in_a_layer) and all(n.startswith("layers.") for n in by_muon)
     assert all(n.endswith(in_a_layer) for n in by_muon)
-    rest = ["wte.weight", "lm_head.weight", "layers.0.shift", "layers.1.shift"]
+    rest = ["wte.weight", "lm_head.weight", "ahead.weight", "layers.0.shift", "layers.1.shift"]
     assert sorted(by_adamw[:-1]) == sorted(rest) and by_adamw[-1] == "ngrams.table.weight"
     assert sorted(by_muon + by_adamw) == sorted(names.values())
     assert [(g["weight_decay"], g["lr"], g["momentum"]) for g in muon.param_groups] == [(0.3, 0.05, 0.9)]
@@ -145,6 +145,16 @@ def test_every_group_gets_the_given_share_of_its_own_highest_learning_rate(arch)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The learning rate
+
+
+@needs_muon
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_further_tokens_count_as_much_as_the_learning_rate_does(dtype):
+    learner = make_learner("modern", dtype)
+    [(x, y)] = make_batch(learner.options)
+    for share in (1.0, 0.25, 0.0):
+        learner.step(x, y, share)
+        assert learner.worker.ahead_share.item() == share
 
 
 def shares(options):

@@ -323,9 +323,14 @@ def test_a_flag_of_the_other_architecture_is_refused_where_the_architecture_is_c
                 settings(name, **{name: value})
     assert settings("bias", bias=False).bias is False  # true of both
     assert settings().ngram == (5 if muon else 1) and settings("ngram", ngram=1).ngram == 1
-    if not muon:
+    assert settings().ahead == (4 if muon else 1)
+    if muon:
+        assert settings("ahead", ahead=2).ahead == 2
+    else:
         with pytest.raises(UserError, match=r"^--ngram 3: is for --arch modern"):
             settings("ngram", ngram=3)
+        with pytest.raises(UserError, match=r"^--ahead 2: is for --arch modern"):
+            settings("ahead", ahead=2)
     for name, value in (("ngram_rows", 100), ("ngram_decay", 0.1)):
         if muon:
             assert getattr(settings(name, **{name: value}), name) == value
@@ -337,6 +342,28 @@ def test_a_flag_of_the_other_architecture_is_refused_where_the_architecture_is_c
         assert capsys.readouterr().out == ""
     for arch, name in (("gpt", "bias"), ("modern", "matrix_lr")):
         assert settings("arch", name, arch=arch).arch == arch
+
+
+@pytest.mark.parametrize(
+    "layers, channels, vocab_size, ahead", [(2, 64, 63, 3), (3, 128, 65, 4), (3, 128, 300, 2), (12, 768, 50257, 1)]
+)
+def test_further_tokens_take_at_most_a_tenth_of_the_work_of_the_layers(layers, channels, vocab_size, ahead):
+    options = make_options(arch="modern", n_layer=layers, n_embd=channels)
+    given = {"arch", "n_layer", "n_embd"}
+    chosen = plan.choose_settings(options, given, 10**6, CPU, torch.float32, vocab_size=vocab_size)
+    assert chosen.ahead == ahead
+    work = 12 * layers * channels**2
+    assert (ahead - 1) * vocab_size * channels <= 0.1 * work
+    assert ahead == 4 or ahead * vocab_size * channels > 0.1 * work, "another one would take more"
+
+
+@pytest.mark.parametrize("minutes", [0.1, 1, 30, 3000])
+def test_a_model_with_the_channels_or_heads_that_were_given_can_be_made(minutes):
+    for name, value in [("n_embd", 256), ("n_embd", 100), ("n_embd", 2), ("n_head", 6), ("n_head", 5), ("n_head", 40)]:
+        options = make_options(minutes=minutes, **{name: value})
+        chosen = plan.choose_settings(options, {"minutes", name}, 10**6, CPU, torch.float32, 1e11)
+        assert getattr(chosen, name) == value
+        plan.make_config(chosen, 65)
 
 
 def test_a_rate_that_would_end_above_its_highest_is_refused():

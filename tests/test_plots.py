@@ -87,6 +87,19 @@ def test_a_picture_is_saved_in_the_format_of_its_name(tmp_path, capsys):
         assert capsys.readouterr().out == f"picture: {tmp_path / name}\n"
 
 
+def test_a_file_that_is_no_picture_by_its_name_is_not_overwritten(tmp_path):
+    (tmp_path / "Makefile").write_text("precious")
+    with pytest.raises(UserError, match="Makefile: is there already and no picture by its name; name a"):
+        plots.save_picture(plots.loss_curve(METRICS), str(tmp_path / "Makefile"))
+    assert (tmp_path / "Makefile").read_text() == "precious"
+
+
+def test_a_single_figure_is_a_point():
+    [line] = plots.loss_curve([dict(step=1, train_loss=2.0)]).axes[0].lines
+    assert line.get_marker() == "o"
+    assert plots.loss_curve(METRICS).axes[0].lines[0].get_marker() != "o"
+
+
 def test_a_picture_that_is_cut_off_leaves_the_one_before(tmp_path, monkeypatch):
     def full(self, path, **_):
         with open(path, "wb") as f:

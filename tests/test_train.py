@@ -187,8 +187,9 @@ def test_a_run_stopped_in_an_evaluation_makes_that_first_when_it_goes_on(run, mo
         assert Path(out, "model.safetensors").read_bytes() == Path("unbroken/model.safetensors").read_bytes()
 
 
-def busy(rounds, *signals):
-    """(exit status, what it says) of a process that gets these signals within one call of a C function."""
+def busy(rounds, *signals, pause=0.7):
+    """(exit status, what it says) of a process that gets these signals within one call of a C function, a pause after
+    each other."""
     ours, its = socket.socketpair()
 
     def compute():
@@ -203,8 +204,8 @@ def busy(rounds, *signals):
     with ours:
         ours.settimeout(60)
         assert ours.recv(100) == b"ready"
-        for number in signals:
-            time.sleep(0.2)
+        for i, number in enumerate(signals):
+            time.sleep(pause if i else 0.2)
             os.kill(process, number)
         said = ours.recv(100)
     _, status = os.waitpid(process, 0)
@@ -216,6 +217,13 @@ def busy(rounds, *signals):
 def test_the_second_signal_leaves_at_once_whatever_is_computed_and_the_first_waits_for_its_end(first):
     assert busy(3_000_000, first) == (0, f"{int(first)}")
     assert busy(2_000_000_000, first, signal.SIGINT) == (130, "")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="on Windows a process cannot be sent a Ctrl-C")
+def test_two_signals_that_come_together_are_one_and_a_later_one_leaves():
+    """`timeout` sends one to the program and one to its group."""
+    assert busy(3_000_000, signal.SIGTERM, signal.SIGTERM, pause=0.005) == (0, f"{int(signal.SIGTERM)}")
+    assert busy(2_000_000_000, signal.SIGTERM, signal.SIGINT, signal.SIGINT, pause=0.3) == (130, "")
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGHUP")
@@ -819,13 +827,13 @@ def test_a_modern_model_has_its_own_defaults_and_what_is_given_counts(run):
 
 @needs_muon
 def test_a_modern_run_of_before_there_were_ngrams_is_resumed_without_any(run, monkeypatch):
-    unbroken = run("unbroken", arch="modern", ngram=1, max_iters=8)[1]
-    run("out", arch="modern", ngram=1, max_iters=4)
+    unbroken = run("unbroken", arch="modern", ngram=1, ahead=1, max_iters=8)[1]
+    run("out", arch="modern", ngram=1, ahead=1, max_iters=4)
 
     def load_state(out_dir, load=plan.load_state):
         state = load(out_dir)
         for kept in (state["options"], state["config"]):
-            assert [kept.pop(name) for name in ("ngram", "ngram_rows")]
+            assert [kept.pop(name) for name in ("ngram", "ngram_rows", "ahead")]
         state["options"].pop("ngram_decay")
         return state
 

@@ -1,6 +1,8 @@
 """Writing fast and in company: guesses, prompts of different lengths, lighter weights, and the flags that use them."""
 
 import collections
+import errno
+import io
 import itertools
 import math
 import os
@@ -673,6 +675,10 @@ def test_in_a_terminal_the_text_is_coloured_by_surprise(command, out_dir, monkey
     monkeypatch.setattr(sample.sys.stdout.__class__, "isatty", lambda _: True, raising=False)
     result = command(sample, "--out_dir", out_dir, "--max_new_tokens", 60, "--temperature", 2, "--probs", "--seed", 1)
     assert result.status == 0 and "\x1b[48;5;" in result.out
+    for name, value in (("NO_COLOR", "1"), ("TERM", "dumb")):  # no-color.org
+        with monkeypatch.context() as patch:
+            patch.setenv(name, value)
+            assert "\x1b" not in command(sample, "--out_dir", out_dir, "--max_new_tokens", 9, "--probs").out
 
 
 def test_turns_go_on_from_all_that_was_said(command, out_dir):  # noqa: F811
@@ -719,6 +725,24 @@ def test_what_is_typed_and_is_no_text_is_refused_in_a_line(command, out_dir):  #
     result = command(sample, "--out_dir", out_dir, "--max_new_tokens", 5, "--interactive", stdin=b"1\xff\n1 and\n")
     assert result.status == 0 and len(result.out) == 6 and "Traceback" not in result.err
     assert result.err.startswith("sample.py: ") and "U+DCFF" in result.err
+
+
+def test_turns_from_a_file_with_a_byte_order_mark(command, out_dir):  # noqa: F811
+    arguments = ["--out_dir", out_dir, "--max_new_tokens", 5, "--temperature", 0, "--interactive"]
+    assert command(sample, *arguments, stdin=b"\xef\xbb\xbf1 and\n") == command(sample, *arguments, stdin=b"1 and\n")
+
+
+@pytest.mark.parametrize("number, status", [(errno.EBADF, 2), (errno.EIO, 0)], ids=["closed", "terminal gone"])
+def test_where_nothing_can_be_typed_turns_end_in_a_line(command, out_dir, monkeypatch, number, status):  # noqa: F811
+    class Unreadable(io.TextIOWrapper):
+        def readline(self):
+            raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(io, "TextIOWrapper", Unreadable)
+    result = command(sample, "--out_dir", out_dir, "--interactive")
+    assert result.status == status
+    if status == 2:
+        assert_refused(result, "--interactive: standard input cannot be read (Bad file descriptor); start it in a")
 
 
 def test_an_unknown_character_in_the_prompt_of_turns_is_refused(command, out_dir):  # noqa: F811
