@@ -246,9 +246,9 @@ def check_activations(options, config, device, dtype, processes=1):
 
 
 def logit_bytes(config, tokens):
-    """What the logits of so many tokens take at most, at the loss: three float32 copies, or with a soft cap four, and
-    three of those of each further token."""
-    copies = 4 + 3 * (config.ahead - 1) if isinstance(config, ModernConfig) else 3
+    """What the logits of so many tokens take at most, at the loss: three float32 copies, or with a soft cap four, or
+    where further tokens are foretold two and three for each of those."""
+    copies = max(4, 2 + 3 * (config.ahead - 1)) if isinstance(config, ModernConfig) else 3
     return 4 * copies * config.vocab_size * tokens
 
 

@@ -49,7 +49,6 @@ from utils import (
     memory_of,
     missing_extra,
     sync_directory,
-    torch_version,
     write_atomically,
     write_json,
 )
@@ -85,8 +84,7 @@ def _load_torch(path):
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about an unusual pickle; the error says it better
-            if torch_version() < (2, 6):
-                _check_no_program(path)
+            _check_no_program(path)
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
         raise UserError(f"{path}: is damaged, or a pickle that could run code; it was not loaded") from None
@@ -99,8 +97,10 @@ def _load_torch(path):
 
 def _check_no_program(path):
     """Raises UnpicklingError for a TorchScript archive, whose code PyTorch before 2.6 runs, weights_only or not."""
-    from torch.serialization import _is_torchscript_zip, _is_zipfile, _open_zipfile_reader
-
+    try:
+        from torch.serialization import _is_torchscript_zip, _is_zipfile, _open_zipfile_reader
+    except ImportError:  # PyTorch's own names: a version without them refuses such archives by itself
+        return
     with open(path, "rb") as f:
         if not _is_zipfile(f):
             return

@@ -257,7 +257,7 @@ class StopSignal:
         first = math.inf
         for [number] in iter(lambda: signals.recv(1), b""):
             if number in (signal.SIGINT, signal.SIGTERM):
-                now = time.monotonic()
+                now = time.perf_counter()
                 first = min(first, now)
                 if now - first > TOGETHER:
                     os._exit(128 + number)

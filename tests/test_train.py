@@ -723,7 +723,7 @@ def test_a_run_of_minutes_goes_on_in_the_time_that_was_left_as_if_it_had_not_sto
 def test_when_the_time_is_over_a_resumed_run_wants_more_and_goes_on_with_it(run, clock):
     first = run("out", **TIMED)[1]
     for more in ([], ["--minutes", "2"], ["--minutes", "1"]):
-        with pytest.raises(UserError, match=r"has had its [12] minutes; give more") as error:
+        with pytest.raises(UserError, match=r"has had its [12] minutes; give a larger --minutes") as error:
             train.main(["--out_dir", "out", "--resume", *more])
         assert "\n" not in str(error.value)
     status, longer = run("out", **dict(TIMED, minutes=3), resume=True)
