@@ -119,10 +119,12 @@ def names_read(config):
 def page_tensors(model):
     """The tensors of a GPT or Modern that the page reads, by name, float32: vectors, and matrices (out, in).
 
-    A tied head is left out; modern.py's queries, keys and values become one matrix, as model.py has them. Raises
-    UserError where the page does not compute such a model.
+    A tied head is left out, and what only learning needs; modern.py's queries, keys and values become one matrix, as
+    model.py has them. Raises UserError where the page does not compute such a model.
     """
     tensors = {name: tensor.detach().float() for name, tensor in model.state_dict().items()}
+    if isinstance(model, Modern):
+        tensors.pop("ahead.weight", None)
     if isinstance(model, GPT) and model.lm_head.weight is model.transformer.wte.weight:
         del tensors["lm_head.weight"]
     for name in [name for name in tensors if name.endswith("c_q.weight")]:
@@ -240,9 +242,8 @@ def first_prompt(model, tokenizer, wanted):
         return wanted
     for prompt in filter(None, PROMPTS):
         with suppress(UserError):
-            idx = torch.cat([prompt_tokens(tokenizer, "")[0], tokenizer.encode(prompt)])[
-                None, : model.config.block_size
-            ]
+            idx = torch.cat([prompt_tokens(tokenizer, ""), tokenizer.encode(prompt)[None]], dim=1)
+            idx = idx[:, : model.config.block_size]
             if idx.size(1) > 1 and float(model(idx[:, :-1], idx[:, 1:])[1]) < math.log(model.config.vocab_size) / 2:
                 return prompt
     return ""

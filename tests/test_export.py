@@ -196,6 +196,7 @@ def test_a_page_whose_model_was_changed_says_that_it_computes_another(browser, m
 def test_a_model_with_other_weights_than_the_page_computes_with_is_refused(make_model, change, words):
     model = random_model(make_model, "gpt", len(CHARS))
     export.page_tensors(model)
+    export.page_tensors(Modern(ModernConfig(block_size=8, n_layer=1, n_head=1, n_embd=8, ahead=3)))  # none of the page
     change(model)
     with pytest.raises(UserError, match=words):
         export.page_tensors(model)
