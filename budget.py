@@ -497,8 +497,8 @@ def print_time(model, options, place, data, fits):
         remark = f"assumed: {SHARE_OF_PEAK:.0%} of the peak"
     steps = options.max_iters
     if options.minutes is not None:
-        seconds = max(0.0, 60 * options.minutes - started - end_seconds(options, evaluation))
-        steps = max(1, min(steps, int(seconds / (step + evaluation / options.eval_interval))))
+        left = max(0.0, 60 * options.minutes - started - end_seconds(options, evaluation))
+        steps = max(1, min(steps, int(left / (step + evaluation / options.eval_interval))))
     tokens, windows = steps * step_tokens, f"{options.batch_size} x {options.gradient_accumulation_steps}"
     print("work")
     print_row("FLOP for a token", f"{flops / 1e6:,.1f} M")

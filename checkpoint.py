@@ -318,10 +318,10 @@ def load_model(path_or_name, block_size=None, dropout=None):
         model = Modern(config)
     else:
         model, wte = GPT(config), weights["transformer.wte.weight"]
+        head = weights.setdefault("lm_head.weight", wte)
         tied = model.lm_head.weight is model.transformer.wte.weight
-        if tied and not torch.equal(weights.get("lm_head.weight", wte), wte):
+        if tied and head is not wte and not torch.equal(head, wte):
             raise UserError(f"{path_or_name}: reads and writes with a table each; this GPT-2 has one for both only")
-        weights.setdefault("lm_head.weight", wte)
     try:
         model.load_state_dict(weights)
     except RuntimeError as error:

@@ -41,7 +41,7 @@ from utils import UserError, option, parse_options, run_command, write_atomicall
 
 SOURCES = os.path.join(os.path.dirname(os.path.abspath(__file__)), "page")
 EASY_MB = 16  # a page that is opened within two seconds, and that most mail servers let pass
-PROMPTS = ("One morning", "The", "")  # the first one that the model knows stands in the page
+PROMPTS = ("One morning", "The")  # the first one that the model knows stands in the page, or none
 
 
 @dataclass
@@ -240,7 +240,7 @@ def first_prompt(model, tokenizer, wanted):
         except UserError as error:
             raise UserError(f"--prompt {wanted}: {error}") from None
         return wanted
-    for prompt in filter(None, PROMPTS):
+    for prompt in PROMPTS:
         with suppress(UserError):
             idx = torch.cat([prompt_tokens(tokenizer, ""), tokenizer.encode(prompt)[None]], dim=1)
             idx = idx[:, : model.config.block_size]

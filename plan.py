@@ -140,7 +140,7 @@ def choose_settings(options, given, tokens, device, dtype, peak=None, processes=
 
     A modern model has its own defaults, a fine-tuning too; with --minutes the sizes are those that suit the time. peak:
     the FLOP/s to choose them for, where it need not be measured. processes: a batch that is chosen has an equal number
-    of windows for each.
+    of windows for each. vocab_size: how many different tokens a new model will know.
     """
     chosen, why = {}, None
     if options.minutes is not None and options.init_from is None and "arch" not in given:

@@ -54,11 +54,11 @@ def loss_curve(metrics, title="loss, in nats per token"):
 
 def save_picture(figure, path):
     """Write a figure to the path of a command's --out. Raises UserError where it cannot be written."""
-    kind = os.path.splitext(path)[1][1:] or "png"
-    if not os.path.splitext(path)[1] and os.path.isfile(path):
+    ending = os.path.splitext(path)[1]
+    if not ending and os.path.isfile(path):
         raise UserError(f"--out {path}: is there already and no picture by its name; name a .png file")
     try:
-        write_atomically(path, lambda temporary: figure.savefig(temporary, dpi=120, format=kind))
+        write_atomically(path, lambda temporary: figure.savefig(temporary, dpi=120, format=ending[1:] or "png"))
     except (OSError, ValueError, RuntimeError) as error:  # no such directory; no such picture format, or no TeX for it
         raise UserError(f"--out {path}: cannot be written ({error}); name a .png in a directory that exists") from None
     print(f"picture: {path}")

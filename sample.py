@@ -203,9 +203,9 @@ def sample(options, given):
     model, tokenizer = load_writer(options.out_dir)
     prompt = known(prompt, tokenizer, options)
     if device.type == "cpu":
-        lighten(model.eval(), options.quantize or options.dtype or usual_format(model))
+        lighten(model, options.quantize or options.dtype or usual_format(model))
     else:
-        join_qkv(model.to(device, pick_dtype(options.dtype, device)).eval())
+        join_qkv(model.to(device, pick_dtype(options.dtype, device)))
     scribe = Scribe(model, tokenizer, options, device)
     if options.interactive:
         interact(prompt, scribe)

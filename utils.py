@@ -86,7 +86,6 @@ def run_command(main):
     except UserError as error:
         status = refuse(error)
     except KeyboardInterrupt:
-        signal.signal(signal.SIGINT, leave)  # a second one, while threads that compute are waited for
         status = 130
     except BrokenPipeError:  # the reader of our output left early, as in `python sample.py | head`
         _to_nobody(sys.stdout)
@@ -101,7 +100,7 @@ def run_command(main):
             raise
         status = refuse("out of memory; take a smaller model or text, or a machine with more")
     with contextlib.suppress(ValueError):  # in another thread than the first
-        signal.signal(signal.SIGINT, leave)  # what is left to do would end in a traceback
+        signal.signal(signal.SIGINT, leave)  # while threads that compute are waited for, and all else that is left
     sys.exit(status)
 
 
