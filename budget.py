@@ -20,7 +20,7 @@ from draft import MOST_TOKENS
 from graphs import WARM_UP
 from model import GPT
 from modern import Modern, ModernConfig
-from optim import Learner, has_copy, has_recording
+from optim import Learner, has_copy, has_recording, rows_on_cpu
 from plan import (
     begin_from,
     check_run,
@@ -179,14 +179,12 @@ def weight_bytes(model):
 def micro_batch(options, place):
     """(windows that go through the model together, how many such parts at the same time), as Learner has them."""
     windows = options.batch_size * options.gradient_accumulation_steps // place.processes
-    rows = min(options.batch_size, windows)
     if place.device.type != "cpu":
-        return rows, 1
-    rows = min(rows, max(1, 1024 // options.block_size))
+        return min(options.batch_size, windows), 1
     by_threads = place.processes == 1 or place.copied  # else PyTorch averages by itself
-    if options.gradient_checkpointing or not by_threads:
-        return rows, 1
-    return rows, min(math.ceil(windows / rows), torch.get_num_threads())
+    cores = min(windows, torch.get_num_threads()) if by_threads and not options.gradient_checkpointing else 1
+    rows = rows_on_cpu(windows, min(options.batch_size, windows), options.block_size, cores)
+    return rows, min(math.ceil(windows / rows), cores)
 
 
 def layer_bytes(config, place):

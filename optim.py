@@ -180,6 +180,23 @@ def has_recording(options, device, processes):
     return options.record and processes == 1 and can_be_recorded(device)
 
 
+MOST, LEAST = 1024, 384  # tokens of a step that go through the model together on a CPU
+
+
+def rows_on_cpu(windows, batch_size, T, cores):
+    """How many of a step's windows of T tokens go through the model together on a CPU, as one part of the step.
+
+    At most batch_size, and some 1,024 tokens: then what one operation writes is still in the cache when the next reads
+    it. cores: how many parts are computed at the same time. Where no core would then be idle for long, the windows are
+    shared out evenly, in as many rounds of parts as it takes anyway: 12 windows of 64 tokens are two parts of 6.
+    """
+    rows = min(batch_size, max(1, MOST // T))
+    rounds = math.ceil(math.ceil(windows / rows) / cores)
+    even = math.ceil(windows / (rounds * cores))
+    idle = 1 - windows / (rounds * cores * even)
+    return even if even * T >= LEAST and idle < 1 / 8 else rows
+
+
 class Learner:
     """A model and all that changes it.
 
@@ -220,13 +237,13 @@ class Learner:
             self.recorded = RecordedStep(self.take_step, device)
 
     def rows_at_once(self, T):
-        """How many of a step's windows of T tokens go through the model together, as one part of the step.
-
-        On a GPU the batch_size that was asked for. On a CPU some 1,024 tokens: then what one operation writes is still
-        in the cache when the next reads it.
-        """
+        """How many of a step's windows of T tokens go through the model together, as one part of the step: on a GPU
+        the batch_size that was asked for."""
         rows = self.options.batch_size
-        return rows if self.device.type != "cpu" else min(rows, max(1, 1024 // T))
+        if self.device.type != "cpu":
+            return rows
+        windows = max(1, rows * self.options.gradient_accumulation_steps // self.processes.world)
+        return rows_on_cpu(windows, rows, T, self.side_by_side(windows))
 
     def side_by_side(self, parts):
         """How many of a step's parts are computed at the same time, each by its share of the CPU's cores.
@@ -235,8 +252,8 @@ class Learner:
         nor with gradient checkpointing: it computes a part twice, the second time with the same dropout, for which it
         sets back PyTorch's own random numbers, which are those of all threads.
         """
-        alone = self.device.type != "cpu" or self.compute is not self.worker or self.worker.gradient_checkpointing
-        return 1 if alone else min(parts, torch.get_num_threads())
+        alone = self.device.type != "cpu" or self.compute is not self.worker or self.sharded
+        return 1 if alone or self.worker.gradient_checkpointing else min(parts, torch.get_num_threads())
 
     def compiled(self):
         """What may stand in for self.compute: the model, compiled.

@@ -317,9 +317,33 @@ def test_the_gradients_of_the_parts_add_up_to_that_of_the_whole_batch_though_the
         torch.testing.assert_close(grad, expected[name], atol=1e-6, rtol=0, msg=name)
 
 
+@pytest.mark.parametrize(
+    "windows, batch_size, T, cores, rows",
+    [
+        (12, 12, 64, 2, 6),  # 768 tokens would be one part
+        (12, 12, 64, 1, 12),
+        (12, 12, 64, 4, 12),  # 192 tokens are too few for a part
+        (12, 12, 256, 2, 3),  # three parts of 4 would leave one core idle for a quarter of the time
+        (10, 10, 256, 2, 4),  # four parts of 3 would be no better
+        (3, 3, 256, 2, 3),  # two parts of 2 and 1
+        (64, 64, 256, 2, 4),
+        (64, 64, 256, 6, 4),
+        (8, 1, 64, 2, 1),  # no more than the batch_size
+        (1, 1, 2048, 4, 1),
+    ],
+)
+def test_windows_are_shared_out_evenly_among_cores_where_that_leaves_parts_of_384_tokens(
+    windows, batch_size, T, cores, rows
+):
+    assert optim.rows_on_cpu(windows, batch_size, T, cores) == rows
+
+
 def test_on_a_cpu_some_1024_tokens_go_through_together_and_on_a_gpu_the_batch_size():
     learner = make_learner(batch_size=64)
-    assert [learner.rows_at_once(T) for T in (16, 32, 33, 256, 2048, 5000)] == [64, 32, 31, 4, 1, 1]
+    learner.side_by_side = lambda parts: 1
+    assert [learner.rows_at_once(T) for T in (16, 32, 33, 256, 2048, 5000)] == [64, 32, 22, 4, 1, 1]
+    learner.side_by_side = lambda parts: 2
+    assert learner.rows_at_once(16) == 32
     learner.device = torch.device("cuda")
     assert [learner.rows_at_once(T) for T in (16, 256, 5000)] == [64, 64, 64]
 

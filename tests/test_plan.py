@@ -467,7 +467,8 @@ def test_processes_agree_on_whether_a_pass_was_slow(make_model, monkeypatch):
     """Each needs the others in a pass: had they clocks of their own, one could wait for another that has gone on."""
     learner, told = make_learner(make_model), iter([0.1, 30.0])  # of the first process
     monkeypatch.setattr(plan, "seconds_of", lambda work: (work(), 5.0)[1])  # of this one, to which all are slow
-    monkeypatch.setattr(learner, "processes", SimpleNamespace(agree=lambda seconds: (0, next(told)), average=id))
+    processes = SimpleNamespace(agree=lambda seconds: (0, next(told)), average=id, world=1)
+    monkeypatch.setattr(learner, "processes", processes)
     assert seconds_per_token(learner, *windows()) == 30.0 / 32 and next(told, None) is None
 
 
@@ -487,7 +488,7 @@ def test_a_step_is_timed_on_one_part_of_it_for_each_core(make_model, monkeypatch
     learner.options = dataclasses.replace(learner.options, batch_size=500)
     for rows, T in ((4, 8), (500, 8), (9, 1024), (2, 5000)):
         seconds_per_token(learner, *windows(rows, T))
-    assert Counter(seen) == {(4, 8): 3, (128, 8): 6, (1, 1024): 6, (1, 5000): 6}  # three times each
+    assert Counter(seen) == {(4, 8): 3, (125, 8): 6, (1, 1024): 6, (1, 5000): 6}  # three times each
 
 
 @pytest.mark.parametrize(
