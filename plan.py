@@ -475,22 +475,25 @@ def for_minutes(minutes, tokens, device, dtype, peak=None, arch="modern"):
     """The options for a run of that many minutes on a text of so many training tokens. Returns (options, why).
 
     The rule: measure the machine's matrix products, multiply by the time, take the largest of SIZES for which that is
-    enough. A run makes some 40 % of that work, of small models 26 %, which says how many tokens it will see. The more
-    often it reads the text, the sooner must a modern model's n-grams fade (ngram_decay), which know a text by heart
-    soonest. It has none from 32 times on, of a text of 90,000 tokens and more from 60 times on. From eight times on
-    dropout keeps the rest from it: 0.05 at eight times, and each time that doubles 0.05 more, or without n-grams 0.1
-    more, up to 0.5.
+    enough. A run makes some 40 % of that work, of small models 26 %, which says how many tokens it will see. Where it
+    would read the text more than five times, and the next size could take 1,500 steps, a CPU takes that: a larger model
+    learns more from reading less often. The more often it reads the text, the sooner must a modern model's n-grams fade
+    (ngram_decay), which know a text by heart soonest. It has none from 32 times on, of a text of 90,000 tokens and more
+    from 60 times on. From eight times on dropout keeps the rest from it: 0.05 at eight times, and each time that
+    doubles 0.05 more, or without n-grams 0.1 more, up to 0.5.
     On a GPU a step takes longer than its products alone, and each size can do work of its own (possible_work).
     """
     peak = peak or matmul_peak(device, dtype)
-    for least, candidate in SIZES:
-        possible = possible_work(candidate, minutes, peak, device)
-        if possible >= least:
-            work, sizes = possible, dict(candidate)
+    works = [possible_work(sizes, minutes, peak, device) for _, sizes in SIZES]
+    chosen = max(i for i, (least, _) in enumerate(SIZES) if works[i] >= least)
+    work, sizes = works[chosen], dict(SIZES[chosen][1])
+    if device.type != "cuda" and chosen + 1 < len(SIZES) and times_read(sizes, work, tokens, device) > 5:
+        larger = dict(SIZES[chosen + 1][1], batch_size=sizes["batch_size"])
+        if times_read(larger, work, larger["batch_size"] * larger["block_size"], device) >= 1500:  # steps
+            sizes = larger
     while sizes["block_size"] > 8 and sizes["block_size"] * 8 > tokens:  # a very short text
         sizes["block_size"] //= 2
-    share = SMALL_SHARE if device.type != "cuda" and sizes["n_embd"] < 192 else SHARE
-    epochs = share * work / step_work(sizes, tokens=tokens)
+    epochs = times_read(sizes, work, tokens, device)
     sizes["dropout"], sizes["ngram_decay"] = 0.0, ngram_decay(epochs)
     ngrams = arch == "modern" and epochs < min(60, max(32, tokens / 1500))  # more often, it was measured to harm
     if not ngrams:
@@ -501,6 +504,12 @@ def for_minutes(minutes, tokens, device, dtype, peak=None, arch="modern"):
     sizes.update(BY_THE_CLOCK)
     why = f"{peak / 1e9:,.0f} GFLOP/s x {minutes:g} min on {tokens:,} tokens, about {epochs:.1f} times the text"
     return sizes, why
+
+
+def times_read(sizes, work, tokens, device):
+    """How often a run reads so many tokens, with work (FLOP) for a model of such sizes."""
+    share = SMALL_SHARE if device.type != "cuda" and sizes["n_embd"] < 192 else SHARE
+    return share * work / step_work(sizes, tokens)
 
 
 def ngram_decay(epochs):

@@ -71,6 +71,29 @@ def test_more_minutes_never_choose_a_smaller_model_or_less_to_look_back_on(choos
         assert weights(more) >= weights(less) and more["block_size"] >= less["block_size"]
 
 
+@pytest.mark.parametrize(
+    "minutes, tokens, channels, batch_size",
+    [
+        (3, 10**6, 192, 8),  # three times
+        (5, 10**6, 192, 8),  # five
+        (8, 10**6, 256, 8),  # it would be eight times
+        (12, 10**6, 256, 16),  # where the larger model is the usual one
+        (8, 10**8, 192, 8),  # a long text
+        (5, 10**5, 192, 8),  # 1,100 steps are too few for a larger model
+        (1, 3 * 10**5, 128, 8),  # the next size up would have been worse here
+    ],
+)
+def test_where_a_text_would_be_read_more_than_five_times_a_cpu_takes_the_next_size(
+    choose, minutes, tokens, channels, batch_size
+):
+    sizes, _ = choose(minutes, tokens, 4.3e11)
+    assert (sizes["n_embd"], sizes["batch_size"]) == (channels, batch_size)
+    assert (
+        choose(minutes, tokens, 4.3e11, torch.device("cuda"))[0]["n_embd"]
+        == choose(minutes, 10**9, 4.3e11, torch.device("cuda"))[0]["n_embd"]
+    )
+
+
 @pytest.mark.parametrize("minutes", MINUTES)
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_a_faster_machine_never_gets_a_smaller_model(choose, minutes, device):
