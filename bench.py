@@ -466,7 +466,7 @@ def without_further_tokens():
 
 
 def without_muon():
-    def build_optimizers(model, options, device):
+    def build_optimizers(model, options, device, dtype):
         named = list(model.named_parameters())
         ngrams = [p for name, p in named if name.startswith("ngrams.")]
         rest = [p for name, p in named if not name.startswith("ngrams.")]

@@ -15,12 +15,12 @@ from sharding import by_whole_matrices, is_sharded, own, read_tensors, spread, w
 from utils import UserError, autocast, first_problem, has_bfloat16, torch_version
 
 
-def build_optimizers(model, options, device):
+def build_optimizers(model, options, device, dtype=torch.float32):
     """A GPT's AdamW (Loshchilov & Hutter 2019), or a modern model's Muon for the matrices and AdamW for the rest.
 
     Muon (Jordan et al. 2024) makes all singular values of a matrix's update equal, so that no direction is neglected.
     Weight decay is for matrices alone, not for biases, norms and other vectors; in a modern model it is for the layers'
-    matrices, and the n-gram vectors have a decay of their own.
+    matrices, and the n-gram vectors have a decay of their own. dtype: the number format of the model's arithmetic.
     """
     adamw = dict(lr=options.learning_rate, betas=(options.beta1, options.beta2))
     since = dict(cuda=(2, 1), cpu=(2, 4)).get(device.type)  # a GPU's in 2.0.0 does not heed found_inf (Learner.update)
@@ -41,6 +41,8 @@ def build_optimizers(model, options, device):
         groups = [dict(params=rest, weight_decay=0.0)]
         groups += [dict(params=ngrams, weight_decay=options.ngram_decay)] if ngrams else []
         muon = Muon(matrices, lr=options.matrix_lr, weight_decay=options.weight_decay, momentum=0.9)
+        if dtype != torch.float32 and has_bfloat16(device):
+            muon.dtype = torch.bfloat16
         return [muon, AdamW(groups, eps=1e-10, **adamw)]
     matrices = [p for p in model.parameters() if p.dim() >= 2]
     vectors = [p for p in model.parameters() if p.dim() < 2]
@@ -80,6 +82,7 @@ class Muon(WithoutCompiler, getattr(torch.optim, "Muon", object)):  # PyTorch 2.
 
     _step_supports_amp_scaling = True  # PyTorch's name for an optimizer that heeds found_inf
     found_inf = None
+    dtype = torch.float32  # in which matrices are made orthogonal; bfloat16's three digits would be enough
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -99,7 +102,7 @@ class Muon(WithoutCompiler, getattr(torch.optim, "Muon", object)):  # PyTorch 2.
                     grads = [torch.where(good > 0, grad, mean) for mean, grad in zip(means, grads)]
                 torch._foreach_lerp_(means, grads, 1 - group["momentum"])
                 updates = torch._foreach_lerp(grads, means, group["momentum"])  # Nesterov's momentum
-                updates = by_whole_matrices(orthogonal, torch.stack(updates), weights[0])
+                updates = by_whole_matrices(lambda x: orthogonal(x, self.dtype), torch.stack(updates), weights[0])
                 ours = [own(p) for p in weights]
                 torch._foreach_mul_(ours, 1 - group["lr"] * group["weight_decay"] * good)
                 lr = group["lr"] * math.sqrt(max(1, rows / columns)) * good
@@ -116,14 +119,13 @@ POLAR_EXPRESS = (
 )
 
 
-def orthogonal(x):
-    """Bring all singular values of each matrix in x (N, rows, columns) near 1: the nearest orthogonal one.
+def orthogonal(x, dtype=torch.float32):
+    """Bring all singular values of each matrix in x (N, rows, columns) near 1: the nearest orthogonal one, of a dtype.
 
-    In bfloat16, whose precision is enough for that, where the hardware multiplies it; elsewhere float32 is far faster.
     A polynomial of odd powers of a matrix, x (a + b x^T x + c (x^T x)^2), is that polynomial of its singular values.
     """
     tall = x.size(1) > x.size(2)
-    x = (x.mT if tall else x).to(torch.bfloat16 if has_bfloat16(x.device) else torch.float32)
+    x = (x.mT if tall else x).to(dtype)
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
     for a, b, c in POLAR_EXPRESS:
         gram = x @ x.mT
@@ -216,7 +218,7 @@ class Learner:
     def __init__(self, model, options, device, dtype, processes=ALONE):
         self.model, self.options, self.device, self.dtype = model, options, device, dtype
         self.processes = processes
-        self.optimizers = build_optimizers(model, options, device)
+        self.optimizers = build_optimizers(model, options, device, dtype)
         self.highest = [[group["lr"] for group in o.param_groups] for o in self.optimizers]
         Scaler = getattr(torch.amp, "GradScaler", None) or torch.cuda.amp.GradScaler  # torch.amp's: PyTorch 2.3
         self.scaler = Scaler(enabled=dtype == torch.float16)

@@ -123,13 +123,14 @@ def test_int8_is_left_out_where_it_cannot_be_and_the_device_is_passed_on(command
 
     monkeypatch.setattr(bench_generate, "finished", finished)
     monkeypatch.setattr(bench_peers, "finished", finished)
+    formats = 1 + bench_generate.has_bfloat16(CPU) + bench_generate.has_float16()
     flags = ["--rounds", 1, "--device", "cpu", "--json", "figures.json"]
     result = command(bench, "generate", "--out_dir", out_dir, *flags)
     assert result.status == 0 and "int8 is left out (" in result.out and "multiple of 16" in result.out, result
-    assert len(asked) == 2 * 4 + 1 and all(line[line.index("--device") + 1] == "cpu" for line in asked)
+    assert len(asked) == 4 * formats + 1 and all(line[line.index("--device") + 1] == "cpu" for line in asked)
     assert not [line for line in asked if "ours, int8" in " ".join(line)]
     with open("figures.json") as f:
-        assert len(json.load(f)["cases"]) == 8
+        assert len(json.load(f)["cases"]) == 4 * formats
 
 
 def test_a_gpu_has_one_format_of_ours_and_more_samples(make_model, monkeypatch):

@@ -230,7 +230,7 @@ def test_a_step_is_what_plain_pytorch_does(make_model):
 @needs_muon
 def test_a_step_of_a_modern_model_is_what_plain_pytorch_does(monkeypatch):
     monkeypatch.setattr(optim, "POLAR_EXPRESS", 5 * ((3.4445, -4.775, 2.0315),))  # torch.optim.Muon's polynomial
-    monkeypatch.setattr(optim, "has_bfloat16", lambda device: True)  # and its number format
+    monkeypatch.setattr(optim.Muon, "dtype", torch.bfloat16)  # and its number format
     learner = make_learner("modern", matrix_lr=0.02, weight_decay=0.1, grad_clip=0.5)
     batches, plain = make_batch(learner.options, steps=3), copy.deepcopy(learner.model)
     found = take_steps(learner, batches)
@@ -261,19 +261,30 @@ def test_a_step_of_a_modern_model_is_what_plain_pytorch_does(monkeypatch):
 
 
 @needs_muon
-@pytest.mark.parametrize("bfloat16", [True, False])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", [(8, 8), (32, 8), (8, 32), (1, 8), (192, 768)])
-def test_an_update_by_muon_has_singular_values_near_1_and_the_directions_of_the_gradient(shape, bfloat16, monkeypatch):
-    monkeypatch.setattr(optim, "has_bfloat16", lambda device: bfloat16)
+def test_an_update_by_muon_has_singular_values_near_1_and_the_directions_of_the_gradient(shape, dtype):
     x = torch.randn(3, *shape, generator=torch.Generator().manual_seed(0))
-    found = optim.orthogonal(x)
-    assert found.dtype == (torch.bfloat16 if bfloat16 else torch.float32) and found.shape == x.shape
+    found = optim.orthogonal(x, dtype)
+    assert found.dtype == dtype and found.shape == x.shape
     found = found.float()
     for matrix, before in zip(found, x):
         u, s, vt = torch.linalg.svd(before, full_matrices=False)
         exact = u @ vt  # the nearest orthogonal matrix
         assert torch.linalg.svdvals(matrix)[s > 0.02 * s.norm()].sub(1).abs().max() < 0.65  # as torch.optim.Muon's
         assert F.cosine_similarity(matrix.flatten(), exact.flatten(), dim=0) > 0.9
+
+
+@needs_muon
+@pytest.mark.filterwarnings("ignore:.*GradScaler is enabled")
+@pytest.mark.parametrize("hardware", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_muon_computes_in_bfloat16_where_the_hardware_has_it_and_the_run_does_not_ask_for_float32(
+    dtype, hardware, monkeypatch
+):
+    monkeypatch.setattr(optim, "has_bfloat16", lambda device: hardware)
+    expected = torch.bfloat16 if hardware and dtype != torch.float32 else torch.float32
+    assert make_learner("modern", dtype).optimizers[0].dtype == expected
 
 
 @needs_muon
