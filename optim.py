@@ -82,7 +82,7 @@ class Muon(WithoutCompiler, getattr(torch.optim, "Muon", object)):  # PyTorch 2.
 
     _step_supports_amp_scaling = True  # PyTorch's name for an optimizer that heeds found_inf
     found_inf = None
-    dtype = torch.float32  # in which matrices are made orthogonal; bfloat16's three digits would be enough
+    dtype = torch.float32  # in which matrices are made orthogonal; bfloat16's three digits are enough, if it is fast
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -120,7 +120,7 @@ POLAR_EXPRESS = (
 
 
 def orthogonal(x, dtype=torch.float32):
-    """Bring all singular values of each matrix in x (N, rows, columns) near 1: the nearest orthogonal one, of a dtype.
+    """Bring all singular values of each matrix in x (N, rows, columns) near 1: the nearest orthogonal one, in dtype.
 
     A polynomial of odd powers of a matrix, x (a + b x^T x + c (x^T x)^2), is that polynomial of its singular values.
     """
