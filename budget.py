@@ -183,7 +183,7 @@ def micro_batch(options, place):
         return min(options.batch_size, windows), 1
     by_threads = place.processes == 1 or place.copied  # else PyTorch averages by itself
     cores = min(windows, torch.get_num_threads()) if by_threads and not options.gradient_checkpointing else 1
-    rows = rows_on_cpu(windows, min(options.batch_size, windows), options.block_size, cores)
+    rows = rows_on_cpu(windows, options.batch_size, options.block_size, cores)
     return rows, min(math.ceil(windows / rows), cores)
 
 

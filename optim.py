@@ -192,7 +192,7 @@ def rows_on_cpu(windows, batch_size, T, cores):
     it. cores: how many parts are computed at the same time. Where no core would then be idle for long, the windows are
     shared out evenly, in as many rounds of parts as it takes anyway: 12 windows of 64 tokens are two parts of 6.
     """
-    rows = min(batch_size, max(1, MOST // T))
+    rows = min(windows, batch_size, max(1, MOST // T))
     rounds = math.ceil(math.ceil(windows / rows) / cores)
     even = math.ceil(windows / (rounds * cores))
     idle = 1 - windows / (rounds * cores * even)
@@ -250,9 +250,9 @@ class Learner:
     def side_by_side(self, parts):
         """How many of a step's parts are computed at the same time, each by its share of the CPU's cores.
 
-        A core that works on its own part need not wait for the others after each operation. Not with a compiled model,
-        nor with gradient checkpointing: it computes a part twice, the second time with the same dropout, for which it
-        sets back PyTorch's own random numbers, which are those of all threads.
+        A core that works on its own part need not wait for the others after each operation. Not with a compiled or
+        sharded model, nor with gradient checkpointing: it computes a part twice, the second time with the same dropout,
+        for which it sets back PyTorch's own random numbers, which are those of all threads.
         """
         alone = self.device.type != "cpu" or self.compute is not self.worker or self.sharded
         return 1 if alone or self.worker.gradient_checkpointing else min(parts, torch.get_num_threads())
