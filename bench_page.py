@@ -49,14 +49,14 @@ def main(options):
     sys.path.append(os.path.join(os.path.dirname(os.path.abspath(__file__)), "tests"))
     from browser import NoChromium, find_chromium
 
-    try:
-        chromium = find_chromium()
-    except NoChromium as error:
-        raise UserError(str(error)) from None
     directory = tempfile.mkdtemp()
     try:
         path = Path(directory, "model.html")
         how = write(path, options)
+        try:
+            chromium = find_chromium()
+        except NoChromium as error:
+            raise UserError(str(error)) from None
         found = []
         for number in range(options.rounds):
             print(f"round {number + 1} of {options.rounds}", file=sys.stderr)

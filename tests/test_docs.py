@@ -115,7 +115,7 @@ def test_a_command_that_is_wrong_would_be_seen(line, monkeypatch):
 
 
 def test_every_flag_in_the_docs_exists_and_the_readme_has_every_flag_of_training():
-    known = {"--help", "--ipc", "--shm-size"}  # the last two are of Docker
+    known = {"--help", "--ipc", "--shm-size", "--shutdown-timeout"}  # Docker's are two, the last is in newer torchruns
     for action in get_args_parser()._actions:
         known.update(action.option_strings)
     for program in (*PROGRAMS, "bench_generate.py"):

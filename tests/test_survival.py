@@ -113,8 +113,9 @@ def kill_again_and_again(killed, unbroken, kills):
     dice = random.Random(0)
     for n in range(kills):
         process = killed.start()
-        killed.wait_for_more(process, killed.metrics())
-        time.sleep(dice.uniform(0, 0.4))
+        for _ in range(dice.randrange(1, 12)):  # steps, not seconds: however fast they are, the run is not over yet
+            killed.wait_for_more(process, killed.metrics())
+        time.sleep(dice.uniform(0, 0.02))
         process.kill()
         _, err = process.communicate()
         assert process.returncode == -signal.SIGKILL, f"it was over before kill {n + 1}: {err}"
