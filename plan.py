@@ -479,8 +479,8 @@ def for_minutes(minutes, tokens, device, dtype, peak=None, arch="modern"):
     would read the text more than five times, and the next size could take 1,500 steps, a CPU takes that: a larger model
     learns more from reading less often. The more often it reads the text, the sooner must a modern model's n-grams fade
     (ngram_decay), which know a text by heart soonest. It has none from 32 times on, of a text of 90,000 tokens and more
-    from 60 times on. From eight times on dropout keeps the rest from it: 0.05 at eight times, and each time that
-    doubles 0.05 more, or without n-grams 0.1 more, up to 0.5.
+    from 60 times on. Dropout keeps the rest from it: 0.05 at eight times, each time that doubles 0.05 more, or without
+    n-grams 0.1 more, up to 0.5; and none where that is less than 0.02.
     On a GPU a step takes longer than its products alone, and each size can do work of its own (possible_work).
     """
     peak = peak or matmul_peak(device, dtype)
@@ -498,9 +498,9 @@ def for_minutes(minutes, tokens, device, dtype, peak=None, arch="modern"):
     ngrams = arch == "modern" and epochs < min(60, max(32, tokens / 1500))  # more often, it was measured to harm
     if not ngrams:
         sizes["ngram"] = 1
-    if epochs >= 8:
-        doubling = 0.05 if ngrams else 0.1
-        sizes["dropout"] = round(min(0.5, 0.05 + doubling * math.log2(epochs / 8)), 2)
+    dropout = 0.05 + (0.05 if ngrams else 0.1) * math.log2(epochs / 8)
+    if dropout >= 0.02:
+        sizes["dropout"] = round(min(0.5, dropout), 2)
     sizes.update(BY_THE_CLOCK)
     why = f"{peak / 1e9:,.0f} GFLOP/s x {minutes:g} min on {tokens:,} tokens, about {epochs:.1f} times the text"
     return sizes, why
