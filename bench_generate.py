@@ -30,7 +30,7 @@ from generate import (
     use_threads,
 )
 from graphs import reader_on
-from lighten import has_float16, join_qkv, lighten
+from lighten import KINDS, has_float16, join_qkv, lighten
 from model import GPT
 from tokenizer import prompt_tokens
 from utils import DTYPES, HERE, UserError, dtype_name, has_bfloat16, option, pick_device, pick_dtype, write_json
@@ -98,7 +98,8 @@ def kinds(model, device):
     """The number formats in which sample.py holds the model's weights on a device. The model is of no use after it."""
     if device.type != "cpu":
         return [dtype_name(pick_dtype(None, device))]
-    found = ["float32"] + ["bfloat16"] * has_bfloat16(device) + ["float16"] * has_float16()
+    bfloat16, float16 = has_bfloat16(device), has_float16()
+    found = ["float32"] + ["bfloat16"] * bfloat16 + ["float16"] * float16 + ["16 bits"] * (bfloat16 and float16)
     try:
         lighten(model, "int8")
     except UserError as error:
@@ -136,7 +137,7 @@ def whole_process(options):
 def measure(options):
     """A case's figure: the median of five, after one to warm up, in which a GPU's step is recorded too."""
     system, work = [*options.case.split("|"), ""][:2]
-    if system not in (*(f"ours, {kind}" for kind in (*DTYPES, "int8")), "transformers", "nanogpt") or work not in WORKS:
+    if system not in (*(f"ours, {kind}" for kind in KINDS), "transformers", "nanogpt") or work not in WORKS:
         raise UserError(f"--case {options.case}: is none; give one that bench.py names while it measures")
     device = pick_device(options.device)
     model, tokenizer = load_writer(options.out_dir)

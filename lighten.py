@@ -2,6 +2,7 @@
 
     lighten(model, "bfloat16")     # half the bytes of float32, for a CPU that has bfloat16 in hardware
     lighten(model, "float16")      # half the bytes too, for any other x86 CPU with AVX2
+    lighten(model, "16 bits")      # both: float16 reads a few tokens faster, bfloat16 a prompt or many texts at once
     lighten(model, "int8")         # a quarter; needs PyTorch 2.3
 
 Only the matrices change (nn.Linear), and only how they are stored and multiplied: between them flows float32. "float32"
@@ -9,7 +10,6 @@ keeps their numbers, and is faster all the same: what only training needs is lef
 """
 
 import functools
-import math
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
@@ -21,6 +21,7 @@ from utils import UserError, has_bfloat16
 
 PACKED_FOR = 4  # tokens at once, as when writing: for so many oneDNN lays out weights
 LIGHT_ENOUGH = 4_000_000  # weights that a CPU holds in its cache in float32, where fewer bytes gain nothing
+HEAVY = 32_000_000  # weights of which one is enough: from here on a second format takes long to make, and much memory
 
 
 def has_float16():
@@ -28,11 +29,24 @@ def has_float16():
     return torch.backends.quantized.engine in ("x86", "fbgemm")
 
 
+def fits_float16(model):
+    """Is every number of the model's matrices within what float16 can hold?"""
+    return all(m.weight.abs().max() <= torch.finfo(torch.float16).max for m in linears(model))
+
+
+def linears(model):
+    return [module for module in model.modules() if isinstance(module, nn.Linear)]
+
+
 def usual_format(model):
     """The format in which a model writes fastest on this CPU without losing exactness that one could notice."""
-    if model.num_params(embedding=False) < LIGHT_ENOUGH:
+    weights = model.num_params(embedding=False)
+    if weights < LIGHT_ENOUGH:
         return "float32"
-    return "bfloat16" if has_bfloat16(torch.device("cpu")) else "float16" if has_float16() else "float32"
+    float16, bfloat16 = has_float16() and fits_float16(model), has_bfloat16(torch.device("cpu"))
+    if float16 and bfloat16 and weights < HEAVY:
+        return "16 bits"
+    return "bfloat16" if bfloat16 else "float16" if float16 else "float32"
 
 
 class Float32Linear(nn.Module):
@@ -79,6 +93,11 @@ def packs_bfloat16():
     return True
 
 
+def bfloat16_linear(weight, bias):
+    """A Linear with bfloat16 weights, the faster kind that there is here."""
+    return (PackedBfloat16Linear if packs_bfloat16() else Bfloat16Linear)(weight, bias)
+
+
 class Float16Linear(nn.Module):
     """A Linear with float16 weights, which become float32 on their way to the registers: the products are float32's."""
 
@@ -88,6 +107,26 @@ class Float16Linear(nn.Module):
 
     def forward(self, x):
         return torch.ops.quantized.linear_dynamic_fp16(x, self.packed)
+
+
+class Linear16Bits(nn.Module):
+    """float16 weights for a few tokens, bfloat16 weights for many: as many bytes as float32, of which half are read.
+
+    oneDNN's product is called with more ado, and in a bfloat16 that lasts only from one cast to the next: a few tokens
+    take FBGEMM less time.
+    """
+
+    FEW = 8
+
+    def __init__(self, weight, bias):
+        super().__init__()
+        self.few = Float16Linear(weight, bias).packed
+        self.many = bfloat16_linear(weight, bias)
+
+    def forward(self, x):
+        if x.numel() <= self.FEW * x.size(-1):
+            return torch.ops.quantized.linear_dynamic_fp16(x, self.few)
+        return self.many(x)
 
 
 def to_int8(matrix):
@@ -100,7 +139,7 @@ class Int8Linear(nn.Module):
     """A Linear whose rows are whole numbers, each row times a scale of its own (absmax, per channel).
 
     The product is a kernel of PyTorch's that turns the whole numbers into bfloat16 on the way to the registers. It is
-    made for a few tokens: of many, as in a prompt, a CPU without bfloat16 is faster to turn all weights into float32.
+    made for a few tokens: of many, as in a prompt, a CPU is faster to turn all of them into bfloat16 or float32 first.
     """
 
     MANY = 64
@@ -109,16 +148,25 @@ class Int8Linear(nn.Module):
         super().__init__()
         self.weight, scale = to_int8(weight)
         self.scale, self.bias = scale[:, 0].bfloat16(), bias
-        self.many = math.inf if has_bfloat16(weight.device) else self.MANY
+        self.dtype = torch.bfloat16 if has_bfloat16(weight.device) else torch.float32
 
     def forward(self, x):
         rows = x.reshape(-1, x.size(-1))
-        if len(rows) >= self.many:
-            y = F.linear(rows, self.weight.float()) * self.scale
+        if len(rows) >= self.MANY:
+            y = F.linear(rows.to(self.dtype), self.weight.to(self.dtype)) * self.scale
         else:
             y = torch._weight_int8pack_mm(rows.bfloat16(), self.weight, self.scale)
         y = y.view(*x.shape[:-1], -1)
         return y.float() if self.bias is None else y + self.bias  # bfloat16 + float32 is float32
+
+
+KINDS = {
+    "float32": Float32Linear,
+    "bfloat16": bfloat16_linear,
+    "float16": Float16Linear,
+    "16 bits": Linear16Bits,
+    "int8": Int8Linear,
+}
 
 
 @torch.no_grad()
@@ -138,32 +186,27 @@ def join_qkv(model):
 
 @torch.no_grad()
 def lighten(model, how):
-    """Replace every Linear of a float32 model on the CPU, in place, by one of `how`: float32, bfloat16, float16, int8.
+    """Replace every Linear of a float32 model on the CPU, in place, by one of `how`, a key of KINDS.
 
     Returns the model, which can then write and be measured, but no longer be trained or saved. Raises UserError where
     this machine or model cannot have such weights.
     """
-    kinds = {"float32": Float32Linear, "bfloat16": Bfloat16Linear, "float16": Float16Linear, "int8": Int8Linear}
-    if how == "bfloat16" and packs_bfloat16():
-        kinds["bfloat16"] = PackedBfloat16Linear
-    linears = [m for m in model.modules() if isinstance(m, nn.Linear)]
     if how == "float16" and not has_float16():
         raise UserError("--dtype float16: on a CPU needs an x86 with AVX2; use bfloat16 or float32")
-    if how == "float16" and any(linear.weight.abs().max() > 65504 for linear in linears):
+    if how == "float16" and not fits_float16(model):
         raise UserError("--dtype float16: the model has a weight beyond 65504, where float16 ends; use --dtype float32")
     if how == "int8" and not hasattr(torch, "_weight_int8pack_mm"):
         raise UserError(f"--quantize int8: needs PyTorch 2.3 or newer, not {torch.__version__}; use --dtype bfloat16")
-    if how == "int8" and any(linear.in_features % 16 for linear in linears):  # the kernel reads 16 numbers at once
+    if how == "int8" and any(m.in_features % 16 for m in linears(model)):  # the kernel reads 16 numbers at once
         raise UserError("--quantize int8: needs an n_embd that is a multiple of 16; use --dtype bfloat16")
     join_qkv(model)
-    del linears  # so that the memory of each is free once it has been replaced
     places = [(m, name) for m in model.modules() for name, child in m.named_children() if isinstance(child, nn.Linear)]
 
     def replace(place):
         module, name = place
         child = getattr(module, name)
         bias = None if child.bias is None else child.bias.detach().clone()
-        setattr(module, name, kinds[how](child.weight.detach(), bias))
+        setattr(module, name, KINDS[how](child.weight.detach(), bias))
 
     # A core for each: what FBGEMM does to float16 weights, 13 s for a billion of them, uses only one.
     with ThreadPoolExecutor(torch.get_num_threads(), initializer=torch.set_num_threads, initargs=(1,)) as pool:

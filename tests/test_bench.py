@@ -123,7 +123,7 @@ def test_int8_is_left_out_where_it_cannot_be_and_the_device_is_passed_on(command
 
     monkeypatch.setattr(bench_generate, "finished", finished)
     monkeypatch.setattr(bench_peers, "finished", finished)
-    formats = 1 + bench_generate.has_bfloat16(CPU) + bench_generate.has_float16()
+    formats = (1 + bench_generate.has_bfloat16(CPU)) * (1 + bench_generate.has_float16())
     flags = ["--rounds", 1, "--device", "cpu", "--json", "figures.json"]
     result = command(bench, "generate", "--out_dir", out_dir, *flags)
     assert result.status == 0 and "int8 is left out (" in result.out and "multiple of 16" in result.out, result

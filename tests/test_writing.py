@@ -53,7 +53,8 @@ needs_muon = pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="a mode
 needs_int8 = pytest.mark.skipif(not hasattr(torch, "_weight_int8pack_mm"), reason="int8 needs PyTorch 2.3")
 ARCHS = ["gpt", pytest.param("modern", marks=needs_muon)]
 needs_float16 = pytest.mark.skipif(not has_float16(), reason="float16 weights need an x86 CPU with AVX2")
-KINDS = ["bfloat16", pytest.param("float16", marks=needs_float16), pytest.param("int8", marks=needs_int8)]
+KINDS = ["bfloat16", *(pytest.param(how, marks=needs_float16) for how in ("float16", "16 bits"))]
+KINDS += [pytest.param("int8", marks=needs_int8)]
 
 
 @pytest.fixture
@@ -555,7 +556,7 @@ def test_int8_multiplies_many_tokens_as_it_does_few(make, monkeypatch, bfloat16)
     x = torch.randn(5, 20, 32)
     scale = linear.weight.abs().amax(dim=1, keepdim=True) / 127
     expected = F.linear(x, (linear.weight / scale).round() * scale, linear.bias)
-    assert light[0].many == (math.inf if bfloat16 else light[0].MANY)
+    assert light[0].dtype == (torch.bfloat16 if bfloat16 else torch.float32)
     torch.testing.assert_close(light(x), expected, atol=0.02, rtol=0.01)
     torch.testing.assert_close(light(x[:1]), expected[:1], atol=0.02, rtol=0.01)
 
@@ -600,18 +601,44 @@ def test_vectors_of_ngrams_are_no_weights_that_a_lighter_format_would_make_faste
 @pytest.mark.parametrize(
     "weights, bfloat16, float16, expected",
     [
-        (5e6, True, True, "bfloat16"),
+        (5e6, True, True, "16 bits"),
+        (5e6, True, False, "bfloat16"),
         (5e6, False, True, "float16"),
         (5e6, False, False, "float32"),
         (3e6, True, True, "float32"),
+        (124e6, True, True, "bfloat16"),
+        (124e6, False, True, "float16"),
     ],
 )
 def test_the_usual_format_is_of_16_bits_where_the_machine_is_fast_with_them(
-    monkeypatch, weights, bfloat16, float16, expected
+    make, monkeypatch, weights, bfloat16, float16, expected
 ):
     monkeypatch.setattr(lighten_module, "has_bfloat16", lambda device: bfloat16)
     monkeypatch.setattr(lighten_module, "has_float16", lambda: float16)
-    assert usual_format(SimpleNamespace(num_params=lambda embedding: weights)) == expected
+    model = make("gpt")
+    monkeypatch.setattr(model, "num_params", lambda embedding: weights)
+    assert usual_format(model) == expected
+
+
+@pytest.mark.parametrize("bfloat16", [True, False])
+def test_the_usual_format_is_not_float16_where_a_weight_does_not_fit(make, monkeypatch, bfloat16):
+    monkeypatch.setattr(lighten_module, "has_bfloat16", lambda device: bfloat16)
+    monkeypatch.setattr(lighten_module, "has_float16", lambda: True)
+    model = make("gpt")
+    monkeypatch.setattr(model, "num_params", lambda embedding: 5e6)
+    with torch.no_grad():
+        model.transformer.h[0].mlp.c_fc.weight[0, 0] = -70_000
+    assert usual_format(model) == ("bfloat16" if bfloat16 else "float32")
+
+
+@needs_float16
+def test_weights_of_16_bits_are_float16_for_a_few_tokens_and_bfloat16_for_many(make):
+    few, many, both = (lighten(make("gpt", n_embd=64), how) for how in ("float16", "bfloat16", "16 bits"))
+    for rows, same, other in ((1, few, many), (4, many, few)):  # of 4 tokens each
+        idx = tokens(rows, 4)
+        logits = both(idx, last=4)[0]
+        torch.testing.assert_close(logits, same(idx, last=4)[0], atol=1e-5, rtol=0)
+        assert not torch.allclose(logits, other(idx, last=4)[0], atol=1e-5, rtol=0)
 
 
 def test_float16_is_refused_where_it_cannot_be(make, monkeypatch):
