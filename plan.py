@@ -10,6 +10,7 @@ import itertools
 import math
 import os
 import shlex
+import sys
 import time
 from dataclasses import asdict, replace
 
@@ -657,6 +658,7 @@ def maybe_compile(learner, x, y, forced, seconds):
     except Exception as error:  # a missing compiler shows as many kinds of error, depending on the platform
         reason = first_line(error)[:100]
         print(f"compile: there is no working compiler here, running uncompiled ({type(error).__name__}: {reason})")
-        torch._dynamo.reset()
+        if "torch._dynamo" in sys.modules:  # PyTorch loads it when it is first needed
+            torch._dynamo.reset()
         learner.compute = learner.uncompiled
         learner.forget_gradients()
