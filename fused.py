@@ -224,14 +224,28 @@ def draw_kernel(
     tl.store(token + b, tl.minimum(tl.max(tl.where(j == found, n, 0)), V - 1).to(tl.int64))
 
 
+def triton_version():
+    """Triton's version: (3, 6) for 3.6.0."""
+    return tuple(int(part) for part in triton.__version__.split(".")[:2])
+
+
+def overlaps(capability):
+    """Can a GPU of that compute capability start a kernel while the one before still runs (`wait`)? Triton 3.4 has a
+    fault in what asks for it."""
+    return capability >= (9, 0) and triton_version() > (3, 4)
+
+
 def usable(model, batch):
-    """Can a FusedStep stand in for this model, for so many texts? PyTorch 2.8 and newer bring the Triton it needs."""
+    """Can a FusedStep stand in for this model, for so many texts?
+
+    It needs the Triton of PyTorch 2.8, or of 2.10 and newer: 3.5, of 2.9, fails to compile attention_kernel.
+    """
     if type(model) is not GPT or model.training or batch > MAX_BATCH or model.config.n_embd > MAX_EMBD:
         return False
     device = model.lm_head.weight.device
     if device.type != "cuda" or torch.version.hip or torch.cuda.get_device_capability(device) < (8, 0):
         return False
-    return tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 4)
+    return triton_version() >= (3, 4) and triton_version() != (3, 5)
 
 
 def fused_step(model, cache, position, token):
@@ -263,7 +277,7 @@ class FusedStep:
     def __init__(self, model, cache, position):
         c, p = model.config, model.lm_head.weight
         self.model, self.cache, self.position, self.B = model, cache, position, cache.layers[0].k.size(0)
-        self.overlap = p.is_cuda and torch.cuda.get_device_capability(p.device) >= (9, 0)  # see `wait`
+        self.overlap = p.is_cuda and overlaps(torch.cuda.get_device_capability(p.device))
         sizes = (c.n_embd, 3 * c.n_embd, c.n_embd, 4 * c.n_embd, c.vocab_size)
         self.x, self.qkv, self.y, self.h, self.logits = (self._place(n) for n in sizes)
         self.rows = self._rows(c.vocab_size)

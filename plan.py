@@ -268,7 +268,7 @@ def build_model(options, vocab_size):
 def check_run(options, given, device, dtype, processes):
     """Raises UserError for what so many processes, or this device and number format, cannot do."""
     check_windows(options, processes)
-    check_shard(options, given, dtype, processes)
+    check_shard(options, given, device, dtype, processes)
     check_checkpointing(options, device)
 
 

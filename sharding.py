@@ -24,16 +24,18 @@ from utils import UserError
 # The model
 
 
-def check_shard(options, given, dtype, processes):
+def check_shard(options, given, device, dtype, processes):
     """Raises UserError where --shard cannot work, or would do nothing. A resumed run may go on in one process."""
     if not options.shard:
         return
     if processes == 1 and "shard" in given and not options.resume:
         raise UserError("--shard: spreads a model over several processes; start them with torchrun, or leave it out")
     try:
-        from torch.distributed.fsdp import fully_shard  # noqa: F401
+        from torch.distributed.fsdp import FSDPModule
     except ImportError:
         raise UserError(f"--shard: needs PyTorch 2.6 or newer, not {torch.__version__}; leave it out") from None
+    if device.type == "cpu" and not hasattr(FSDPModule, "set_force_sum_reduction_for_comms"):
+        raise UserError(f"--shard: on a CPU needs PyTorch 2.8 or newer, not {torch.__version__}; leave it out")
     if dtype == torch.float16:  # each process would find other numbers too large for it, and scale otherwise
         raise UserError("--shard: needs --dtype bfloat16 or float32, not float16")
 
@@ -45,9 +47,11 @@ def shard(model, device, dtype, processes):
 
     mesh = DeviceMesh.from_group(processes.group, device.type)
     how = dict(mesh=mesh, mp_policy=MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32))
-    for layer in model.transformer.h if hasattr(model, "transformer") else model.layers:
-        fully_shard(layer, **how)
-    fully_shard(model, **how)  # the embeddings, the last norm and the head
+    layers = model.transformer.h if hasattr(model, "transformer") else model.layers
+    for part in (*layers, model):  # the model's own are the embeddings, the last norm and the head
+        fully_shard(part, **how)
+        if device.type == "cpu":  # a sum, and then divided: PyTorch 2.7 and 2.8 took a mean for a sum (issue 162338)
+            part.set_force_sum_reduction_for_comms(True)
 
 
 def is_sharded(model):

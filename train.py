@@ -177,7 +177,9 @@ class TrainOptions:
     compile: bool = option(True, "compile the model; left to the default, only on a GPU where it earns back its time")
     record: bool = option(True, "on one NVIDIA GPU, record a step and replay it: its Python then runs only a few times")
     gradient_checkpointing: bool = option(False, "compute activations again in the backward pass, to save memory")
-    shard: bool = option(False, "spread weights, gradients and optimizer over torchrun's processes (PyTorch 2.6)")
+    shard: bool = option(
+        False, "spread weights, gradients and optimizer over torchrun's processes (PyTorch 2.6, CPU 2.8)"
+    )
 
 
 def main(argv):

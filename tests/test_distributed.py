@@ -461,8 +461,8 @@ def test_a_state_that_was_half_written_is_none(sharded):
 
 
 def test_sharding_needs_its_pytorch_and_a_number_format_that_all_scale_alike(monkeypatch):
-    def check(dtype, processes=2, **options):
-        sharding.check_shard(train.TrainOptions(**options), {"shard"}, dtype, processes)
+    def check(dtype, processes=2, device="cuda", **options):
+        sharding.check_shard(train.TrainOptions(**options), {"shard"}, torch.device(device), dtype, processes)
 
     check(torch.bfloat16, shard=True)
     check(torch.bfloat16, processes=1, shard=True, resume=True)
@@ -470,6 +470,11 @@ def test_sharding_needs_its_pytorch_and_a_number_format_that_all_scale_alike(mon
         check(torch.float16, shard=True)
     with pytest.raises(UserError, match="--shard: spreads a model over several processes; start them with torchrun"):
         check(torch.bfloat16, processes=1, shard=True)
+    fsdp = sys.modules["torch.distributed.fsdp"]
+    monkeypatch.delattr(fsdp.FSDPModule, "set_force_sum_reduction_for_comms", raising=False)
+    check(torch.bfloat16, shard=True)
+    with pytest.raises(UserError, match=r"--shard: on a CPU needs PyTorch 2\.8 or newer"):
+        check(torch.bfloat16, device="cpu", shard=True)
     monkeypatch.setitem(sys.modules, "torch.distributed.fsdp", None)
     with pytest.raises(UserError, match=r"--shard: needs PyTorch 2\.6 or newer"):
         check(torch.float32, shard=True)
