@@ -287,7 +287,7 @@ def test_with_minutes_the_whole_process_ends_in_time_with_the_settings_it_told_b
 
     metrics = train.read_metrics(str(tmp_path / "out" / "metrics.jsonl"))
     rates, losses = ([m[name] for m in metrics if name in m] for name in ("lr", "train_loss"))
-    after_warm_up = rates[20:]
+    after_warm_up = rates[100 if config["model_type"] == "gpt2" else 20 :]  # a GPT, where PyTorch has no Muon
     assert after_warm_up == sorted(after_warm_up, reverse=True) and rates[-1] < 0.02 * max(rates)
     assert losses[-1] < losses[0] - 1 and metrics[-1]["seconds"] <= seconds
     assert "a sample:" in done.stdout
