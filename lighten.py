@@ -21,7 +21,7 @@ from utils import UserError, has_bfloat16
 
 PACKED_FOR = 4  # tokens at once, as when writing: for so many oneDNN lays out weights
 LIGHT_ENOUGH = 4_000_000  # weights that a CPU holds in its cache in float32, where fewer bytes gain nothing
-HEAVY = 32_000_000  # weights of which one is enough: from here on a second format takes long to make, and much memory
+HEAVY = 32_000_000  # weights from which on one format is enough: a second one takes long to make, and much memory
 
 
 def has_float16():
@@ -31,7 +31,8 @@ def has_float16():
 
 def fits_float16(model):
     """Is every number of the model's matrices within what float16 can hold?"""
-    return all(m.weight.abs().max() <= torch.finfo(torch.float16).max for m in linears(model))
+    extremes = [m.weight.aminmax() for m in linears(model)]
+    return all(max(-low, high) <= torch.finfo(torch.float16).max for low, high in extremes)
 
 
 def linears(model):
@@ -43,10 +44,12 @@ def usual_format(model):
     weights = model.num_params(embedding=False)
     if weights < LIGHT_ENOUGH:
         return "float32"
-    float16, bfloat16 = has_float16() and fits_float16(model), has_bfloat16(torch.device("cpu"))
-    if float16 and bfloat16 and weights < HEAVY:
-        return "16 bits"
-    return "bfloat16" if bfloat16 else "float16" if float16 else "float32"
+    bfloat16 = has_bfloat16(torch.device("cpu"))
+    if bfloat16 and weights >= HEAVY:
+        return "bfloat16"
+    if has_float16() and fits_float16(model):
+        return "16 bits" if bfloat16 else "float16"
+    return "bfloat16" if bfloat16 else "float32"
 
 
 class Float32Linear(nn.Module):
