@@ -24,7 +24,7 @@ import triton.language as tl
 
 from generate import GREEDY
 from model import GPT
-from utils import first_line
+from utils import first_line, version
 
 MAX_BATCH = 4  # texts side by side; with more of them, PyTorch's matrix products are the better ones
 MAX_EMBD = 4096  # channels, up to which a program holds whole rows of all weights in its registers
@@ -224,15 +224,10 @@ def draw_kernel(
     tl.store(token + b, tl.minimum(tl.max(tl.where(j == found, n, 0)), V - 1).to(tl.int64))
 
 
-def triton_version():
-    """Triton's version: (3, 6) for 3.6.0."""
-    return tuple(int(part) for part in triton.__version__.split(".")[:2])
-
-
 def overlaps(capability):
     """Can a GPU of that compute capability start a kernel while the one before still runs (`wait`)? Triton 3.4 has a
     fault in what asks for it."""
-    return capability >= (9, 0) and triton_version() > (3, 4)
+    return capability >= (9, 0) and version(triton) > (3, 4)
 
 
 def usable(model, batch):
@@ -245,7 +240,7 @@ def usable(model, batch):
     device = model.lm_head.weight.device
     if device.type != "cuda" or torch.version.hip or torch.cuda.get_device_capability(device) < (8, 0):
         return False
-    return triton_version() >= (3, 4) and triton_version() != (3, 5)
+    return version(triton) >= (3, 4) and version(triton) != (3, 5)
 
 
 def fused_step(model, cache, position, token):

@@ -18,7 +18,7 @@ from dataclasses import astuple
 import torch
 
 from generate import Reader, Sampling, pick
-from utils import UserError, first_line, is_out_of_memory, same_dice, told_when_slow, torch_version
+from utils import UserError, first_line, is_out_of_memory, same_dice, told_when_slow, version
 
 WARM_UP = 3  # runs of a step before it is recorded, in which PyTorch's libraries set themselves up
 COMPILING = "preparing this GPU for a model of this size, which Triton remembers: some seconds more ..."
@@ -26,7 +26,7 @@ COMPILING = "preparing this GPU for a model of this size, which Triton remembers
 
 def can_be_recorded(device):
     """Are steps recorded on this device? On NVIDIA GPUs alone, where that was tried, and from PyTorch 2.4 on."""
-    return device.type == "cuda" and not torch.version.hip and torch_version() >= (2, 4)
+    return device.type == "cuda" and not torch.version.hip and version(torch) >= (2, 4)
 
 
 def record(step, device, generator=None):

@@ -112,7 +112,7 @@ class Float16Linear(nn.Module):
         return torch.ops.quantized.linear_dynamic_fp16(x, self.packed)
 
 
-class Linear16Bits(nn.Module):
+class Linear16Bits(Float16Linear):
     """float16 weights for a few tokens, bfloat16 weights for many: as many bytes as float32, of which half are read.
 
     oneDNN's product is called with more ado, and in a bfloat16 that lasts only from one cast to the next: a few tokens
@@ -122,14 +122,11 @@ class Linear16Bits(nn.Module):
     FEW = 8
 
     def __init__(self, weight, bias):
-        super().__init__()
-        self.few = Float16Linear(weight, bias).packed
+        super().__init__(weight, bias)
         self.many = bfloat16_linear(weight, bias)
 
     def forward(self, x):
-        if x.numel() <= self.FEW * x.size(-1):
-            return torch.ops.quantized.linear_dynamic_fp16(x, self.few)
-        return self.many(x)
+        return super().forward(x) if x.numel() <= self.FEW * x.size(-1) else self.many(x)
 
 
 def to_int8(matrix):

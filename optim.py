@@ -12,7 +12,7 @@ from distributed import ALONE
 from graphs import RecordedStep, can_be_recorded
 from model import dice
 from sharding import by_whole_matrices, is_sharded, own, read_tensors, spread, whole
-from utils import UserError, autocast, first_problem, has_bfloat16, torch_version
+from utils import UserError, autocast, first_problem, has_bfloat16, version
 
 
 def build_optimizers(model, options, device, dtype=torch.float32):
@@ -24,7 +24,7 @@ def build_optimizers(model, options, device, dtype=torch.float32):
     """
     adamw = dict(lr=options.learning_rate, betas=(options.beta1, options.beta2))
     since = dict(cuda=(2, 1), cpu=(2, 4)).get(device.type)  # a GPU's in 2.0.0 does not heed found_inf (Learner.update)
-    if since is not None and torch_version() >= since:
+    if since is not None and version(torch) >= since:
         adamw["fused"] = True
     if can_be_recorded(device):
         adamw["capturable"] = True  # its learning rates are then tensors, which a replay reads anew

@@ -321,9 +321,9 @@ def made_for(device):
     return False
 
 
-def torch_version():
-    """PyTorch's version: (2, 4) for 2.4.1."""
-    return tuple(int(part) for part in torch.__version__.split(".")[:2])
+def version(package):
+    """The version of an imported package, such as torch: (2, 4) for 2.4.1."""
+    return tuple(int(part) for part in package.__version__.split(".")[:2])
 
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
