@@ -517,6 +517,20 @@ class Hypothesis:
     tokens: List[int]
 
 
+def keep_places(rows, n):
+    """In which order to take continuations of the beams `rows`, as many as beams, so that the fewest have to move.
+
+    A beam's first continuation takes its place; further ones take the places of beams that have none.
+    """
+    if len(rows) != n:
+        return range(len(rows))
+    first = {}
+    for i, row in enumerate(rows):
+        first.setdefault(row, i)
+    further = (i for i, row in enumerate(rows) if first[row] != i)
+    return [first[row] if row in first else next(further) for row in range(n)]
+
+
 @torch.inference_mode()
 def beam_search(
     model,
@@ -571,8 +585,9 @@ def beam_search(
         finished = heapq.nlargest(num_beams, finished)
         if not kept:
             break
-        kept = torch.tensor(kept, device=idx.device)
-        rows = torch.tensor(rows, device=idx.device)
+        order = keep_places(rows, len(beams))
+        kept = torch.tensor([kept[n] for n in order], device=idx.device)
+        rows = torch.tensor([rows[n] for n in order], device=idx.device)
         log_probs = totals[kept]
         since = 0
         if len(rows) == len(beams):  # beams have most of their text in common
@@ -581,7 +596,7 @@ def beam_search(
         beams = torch.cat([beams[rows], (kept % V)[:, None]], dim=1)
         reader.select(rows, since)
         # Log-probabilities only fall. When even the best beam can no longer beat what is finished, we are done.
-        reach = score(float(log_probs[0]), max_new_tokens if length_penalty > 0 else length + 1)
+        reach = score(float(log_probs.max()), max_new_tokens if length_penalty > 0 else length + 1)
         if len(finished) == num_beams and finished[-1].score >= reach:
             break
     return finished

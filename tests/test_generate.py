@@ -9,7 +9,16 @@ import torch
 from transformers import GPT2LMHeadModel
 
 from checkpoint import save_model
-from generate import KVCache, Visible, beam_search, generate, next_token_probs, penalize_repetition, speculate
+from generate import (
+    KVCache,
+    Visible,
+    beam_search,
+    generate,
+    keep_places,
+    next_token_probs,
+    penalize_repetition,
+    speculate,
+)
 from tokenizer import CharTokenizer
 
 
@@ -472,6 +481,19 @@ def test_a_search_heeds_the_repetition_penalty(make_model):
         total += float(logits.log_softmax(dim=-1)[0, token])
         text = torch.cat([text, torch.tensor([[token]])], dim=1)
     assert best.score == pytest.approx(total / 4, abs=1e-5)
+
+
+@pytest.mark.parametrize("rows", [[0, 1, 2, 3], [3, 2, 1, 0], [2, 0, 0, 3], [1, 1, 1, 1], [0, 3, 3, 0]])
+def test_a_beam_that_goes_on_keeps_its_place(rows):
+    order = keep_places(rows, len(rows))
+    assert sorted(order) == list(range(len(rows)))
+    placed = [rows[i] for i in order]
+    assert all(placed[row] == row for row in rows)
+    assert all(rows.index(row) == order[row] for row in rows)  # by its likeliest continuation
+
+
+def test_a_first_beam_is_extended_in_order():
+    assert list(keep_places([0, 0, 0, 0], 1)) == [0, 1, 2, 3]
 
 
 def test_one_beam_is_greedy(make_model):
