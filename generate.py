@@ -36,7 +36,7 @@ class Visible:
         self.reset(pad)
 
     def reset(self, pad):
-        self.pad, self.shape, self.numbers = pad, None, None
+        self.pad, self.shape, self.numbers = pad, (0, 0), None
 
     def mask(self, T, S, k):
         """What is added to the scores of S positions for each of the last T: 0, or -inf where it may not look.
@@ -46,15 +46,21 @@ class Visible:
         """
         if self.pad is None and T in (1, S):
             return None
-        if self.shape != (T, S):
-            places = torch.arange(S, device=k.device)  # (S,)
-            own = places[S - T :, None]  # (T, 1)
-            seen = places <= own  # (T, S)
-            if self.pad is not None:
-                real = (places >= self.pad[:, None])[:, None, None]  # (B, 1, 1, S)
-                seen = seen & real | (places == own)  # itself always: softmax over nothing would be no number
-            self.shape, self.numbers = (T, S), k.new_zeros(seen.shape).masked_fill_(~seen, float("-inf"))
-        return self.numbers
+        # Without padding, only among the last T is anything hidden. So the end of a longer mask will do, if it need not
+        # stand in memory by itself, as for a GPU's attention.
+        longer = self.pad is None and k.device.type == "cpu"
+        if self.shape[0] != T or (self.shape[1] < S if longer else self.shape[1] != S):
+            self._make(T, 2 * S if longer else S, k)
+        return self.numbers[..., -S:] if longer else self.numbers
+
+    def _make(self, T, S, k):
+        places = torch.arange(S, device=k.device)  # (S,)
+        own = places[S - T :, None]  # (T, 1)
+        seen = places <= own  # (T, S)
+        if self.pad is not None:
+            real = (places >= self.pad[:, None])[:, None, None]  # (B, 1, 1, S)
+            seen = seen & real | (places == own)  # itself always: softmax over nothing would be no number
+        self.shape, self.numbers = (T, S), k.new_zeros(seen.shape).masked_fill_(~seen, float("-inf"))
 
 
 class Memory:
@@ -99,11 +105,11 @@ class LayerCache:
             self._look_up()
         if k.requires_grad:  # the memory is for writing, not for learning
             k, v = k.detach(), v.detach()
-        end = self.length + k.size(2)
-        self.k[:, :, self.length : end] = k
-        self.v[:, :, self.length : end] = v
-        self.length = end
-        return self.k[:, :, :end], self.v[:, :, :end], self.visible.mask(k.size(2), end, k)
+        start, T = self.length, k.size(2)
+        self.k.narrow(2, start, T).copy_(k)
+        self.v.narrow(2, start, T).copy_(v)
+        self.length = end = start + T
+        return self.k.narrow(2, 0, end), self.v.narrow(2, 0, end), self.visible.mask(T, end, k)
 
     def previous(self, x):
         """x (B, T, C) one position earlier: what the position before these T was, then the first T - 1 of them."""

@@ -66,9 +66,14 @@ def test_a_mask_is_made_once_for_all_layers_and_anew_where_it_must_be():
     visible, k = Visible(), torch.zeros(2, 1, 3, 4)
     assert visible.mask(1, 5, k) is visible.mask(4, 4, k) is None  # a single token, and all tokens there are
     mask = visible.mask(2, 4, k)
-    assert visible.mask(2, 4, k) is mask
+    numbers = visible.numbers
     assert torch.equal(mask == 0, torch.tensor([[True, True, True, False], [True] * 4]))
-    assert visible.mask(2, 5, k).shape == (2, 5)
+    for S in (4, 5, 8, 3):  # the end of a longer mask
+        assert torch.equal(visible.mask(2, S, k) == 0, torch.ones(2, S, dtype=torch.bool).tril(S - 2))
+    assert visible.numbers is numbers
+    for T, S in ((2, 9), (3, 9)):
+        assert torch.equal(visible.mask(T, S, k) == 0, torch.ones(T, S, dtype=torch.bool).tril(S - T))
+        assert visible.numbers is not numbers
     visible.reset(torch.tensor([0, 3]))
     alone = [True, False, False, False]  # a place without a token looks at itself, and nobody looks at what it finds
     first, second = visible.mask(4, 4, k)[:, 0] == 0

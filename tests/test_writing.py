@@ -45,7 +45,7 @@ from generate import (
     use_threads,
 )
 from graphs import GraphReader, StaticCache, undrawn
-from lighten import has_float16, join_qkv, lighten, usual_format
+from lighten import call_directly, has_float16, join_qkv, lighten, usual_format
 from tokenizer import CharTokenizer, train_bpe
 from utils import UserError
 
@@ -580,6 +580,33 @@ def test_with_float16_weights_the_products_are_those_of_float32(make, arch):
             linear.weight = torch.nn.Parameter(linear.weight.detach().half().float())
     expected = rounded(tokens(2, 8))[0]
     torch.testing.assert_close(lighten(model, "float16")(tokens(2, 8))[0], expected, atol=2e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_a_model_whose_parts_are_called_directly_computes_the_same_but_for_hooks(make, arch):
+    model, direct, idx, called = make(arch), make(arch), tokens(2, 7), []
+    part = direct.transformer.h[0].attn if arch == "gpt" else direct.layers[0].attn
+    call_directly(direct)
+    part.register_forward_hook(lambda *_: called.append(part))
+    before, caches = list(direct.parameters()), [KVCache(model.config) for _ in range(2)]
+    for new in (idx[:, :4], idx[:, 4:5], idx[:, 5:]):
+        logits = [m(new, cache=cache)[0] for m, cache in zip((model, direct), caches)]
+        assert torch.equal(*logits)
+    assert torch.equal(model(idx, targets=idx)[1], direct(idx, targets=idx)[1])
+    assert not called and isinstance(part, torch.nn.Module) and isinstance(direct, type(model))
+    assert all(a is b for a, b in zip(direct.parameters(), before)) and direct.num_params() == model.num_params()
+
+
+def test_a_model_whose_parts_are_called_directly_does_what_its_own_code_says(make):
+    class Halved(type(make("gpt").transformer.h[0].mlp)):
+        def forward(self, x):
+            return super().forward(x) / 2
+
+    model = make("gpt")
+    model.transformer.h[0].mlp.__class__ = Halved
+    expected = model(tokens(2, 7))[0]
+    assert torch.equal(lighten(model, "float32")(tokens(2, 7))[0], expected)
+    assert not torch.equal(make("gpt")(tokens(2, 7))[0], expected)
 
 
 @needs_float16
