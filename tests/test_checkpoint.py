@@ -127,7 +127,7 @@ def test_what_wraps_a_model_is_not_saved(model, tmp_path, wrapper):
 def test_a_model_that_could_not_be_loaded_again_is_not_written_over_one_that_can(saved, arch):
     config = ModernConfig(8, 11, 2, 2, 16) if arch is Modern else load_model(str(saved))[0].config
     with pytest.raises(ValueError, match="do not both have it"):
-        save_model(str(saved), lighten(arch(config), "float32"))
+        save_model(str(saved), lighten(arch(config), "bfloat16"))
     load_model(str(saved))
     with pytest.raises(TypeError, match="a Linear has no files yet"):
         model_files(torch.nn.Linear(1, 1))
