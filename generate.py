@@ -524,9 +524,10 @@ class Hypothesis:
 
 
 def keep_places(rows, n):
-    """In which order to take continuations of the beams `rows`, as many as beams, so that the fewest have to move.
+    """In which order to take the continuations of n beams, so that as few keys and values as possible have to move.
 
-    A beam's first continuation takes its place; further ones take the places of beams that have none.
+    rows: which beam each continues, the likeliest first. A beam's first continuation takes its place, further ones take
+    the places of beams that have none. Where there are not n of them, they stay in order.
     """
     if len(rows) != n:
         return range(len(rows))
@@ -592,8 +593,8 @@ def beam_search(
         if not kept:
             break
         order = keep_places(rows, len(beams))
-        kept = torch.tensor([kept[n] for n in order], device=idx.device)
-        rows = torch.tensor([rows[n] for n in order], device=idx.device)
+        kept = torch.tensor([kept[i] for i in order], device=idx.device)
+        rows = torch.tensor([rows[i] for i in order], device=idx.device)
         log_probs = totals[kept]
         since = 0
         if len(rows) == len(beams):  # beams have most of their text in common

@@ -173,8 +173,7 @@ def call_directly(model):
     not called, and a part must not be replaced.
     """
     for module in model.modules():
-        for parts in (module._parameters, module._buffers, module._modules):
-            module.__dict__.update(parts)
+        module.__dict__.update({**module._parameters, **module._modules})
         module.__class__ = direct(type(module))
 
 
