@@ -595,12 +595,11 @@ def beam_search(
         order = keep_places(rows, len(beams))
         kept = torch.tensor([kept[i] for i in order], device=idx.device)
         rows = torch.tensor([rows[i] for i in order], device=idx.device)
-        log_probs = totals[kept]
-        since = 0
+        log_probs, continued, since = totals[kept], beams[rows], 0
         if len(rows) == len(beams):  # beams have most of their text in common
-            differ = (beams[rows] != beams).any(dim=0).nonzero()
+            differ = (continued != beams).any(dim=0).nonzero()
             since = int(differ[0]) if len(differ) else beams.size(1)
-        beams = torch.cat([beams[rows], (kept % V)[:, None]], dim=1)
+        beams = torch.cat([continued, (kept % V)[:, None]], dim=1)
         reader.select(rows, since)
         # Log-probabilities only fall. When even the best beam can no longer beat what is finished, we are done.
         reach = score(float(log_probs.max()), max_new_tokens if length_penalty > 0 else length + 1)

@@ -117,7 +117,7 @@ class Linear16Bits(Float16Linear):
         self.many, self.few = bfloat16_linear(weight, bias), self.FEW * weight.size(1)
 
     def forward(self, x):
-        return self.multiply(x, self.packed) if x.numel() <= self.few else self.many(x)
+        return super().forward(x) if x.numel() <= self.few else self.many(x)
 
 
 def to_int8(matrix):
@@ -194,7 +194,7 @@ def join_qkv(model):
 
 @torch.no_grad()
 def lighten(model, how):
-    """Replace every Linear of a float32 model on the CPU, in place, by one of `how`, a key of KINDS.
+    """Make a float32 model on the CPU one for writing, in place, with weights of the format `how`, a key of KINDS.
 
     Returns the model, which can then write and be measured, but no longer be trained or saved. Raises UserError where
     this machine or model cannot have such weights.
