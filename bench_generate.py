@@ -18,6 +18,7 @@ import torch
 from bench_peers import check_json, dtype_of, finished, in_turns, measured, nanogpt_module, peers, synchronize
 from checkpoint import load_writer
 from draft import Draft
+from fused_cpu import prepare
 from generate import (
     Reader,
     Sampling,
@@ -192,7 +193,7 @@ def our_work(system, work, model, prompt, options):
     kind, counts, device = system.split(", ")[1], Speculation(), prompt.device
     draft = threads = None
     if device.type == "cpu":
-        lighten(model, kind)
+        prepare(model, kind)
         draft, threads = Draft.load(options.out_dir, model.config.vocab_size), best_threads(model, 4)
         counts.cost = guess_cost(model, 3, threads) if draft is not None else 0.0
     else:

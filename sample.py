@@ -35,6 +35,7 @@ import torch
 from checkpoint import load_writer
 from draft import FILE as DRAFT
 from draft import Draft
+from fused_cpu import prepare
 from generate import (
     FEW,
     Sampling,
@@ -47,11 +48,12 @@ from generate import (
     use_threads,
 )
 from graphs import reader_on
-from lighten import join_qkv, lighten, usual_format
+from lighten import join_qkv, usual_format
 from tokenizer import prompt_tokens, whole_characters
 from utils import UserError, is_out_of_memory, option, parse_options, pick_device, pick_dtype, run_command
 
-SEEDED_COST = 0.2  # of a guess, where it is not measured: what it is on most machines
+SEEDED_COST = 0.2  # of a guess, where it is not measured: what it is on most machines,
+FUSED_SEEDED_COST = 0.5  # and where fused_cpu.c reads it
 SAMPLES_AT_ONCE = 64  # more than this many samples are written in groups, so that memory stays bounded
 
 
@@ -202,11 +204,12 @@ def sample(options, given):
     prompt = read_prompt(options)
     model, tokenizer = load_writer(options.out_dir)
     prompt = known(prompt, tokenizer, options)
+    unfused = None
     if device.type == "cpu":
-        lighten(model, options.quantize or options.dtype or usual_format(model))
+        unfused = prepare(model, options.quantize or options.dtype or usual_format(model))
     else:
         join_qkv(model.to(device, pick_dtype(options.dtype, device)))
-    scribe = Scribe(model, tokenizer, options, device)
+    scribe = Scribe(model, tokenizer, options, device, unfused)
     if options.interactive:
         interact(prompt, scribe)
     elif options.num_beams > 1:
@@ -228,10 +231,13 @@ def sample(options, given):
 
 
 class Scribe:
-    """Continues texts as the options say, and keeps count of its speed."""
+    """Continues texts as the options say, and keeps count of its speed.
 
-    def __init__(self, model, tokenizer, options, device):
-        self.model, self.tokenizer, self.options = model, tokenizer, options
+    unfused: on a CPU, why the model writes without fused_cpu.c; None where it does not.
+    """
+
+    def __init__(self, model, tokenizer, options, device, unfused=None):
+        self.model, self.tokenizer, self.options, self.unfused = model, tokenizer, options, unfused
         seed = options.seed if options.seed is not None else torch.seed() % 2**63
         self.generator = torch.Generator(device).manual_seed(seed)
         self.sampling = Sampling(
@@ -245,7 +251,9 @@ class Scribe:
         measure = device.type == "cpu" and options.num_samples == 1 and at_once <= FEW and options.seed is None
         self.threads = best_threads(model, at_once) if measure else None
         self.reader = reader_on(device, model, self.threads)
-        cost = guess_cost(model, options.guesses, self.threads) if self.draft and measure else SEEDED_COST
+        cost = SEEDED_COST if unfused else FUSED_SEEDED_COST
+        if self.draft and measure:
+            cost = guess_cost(model, options.guesses, self.threads)
         self.counts, self.written, self.seconds = Speculation(cost), 0, 0.0
 
     def tokens(self, idx):
@@ -283,6 +291,8 @@ class Scribe:
         if c.guessed:
             share = c.accepted / c.guessed
             line += f"; {share:.0%} of {c.guessed} guesses accepted, {c.tokens / c.passes:.1f} tokens a pass"
+        if self.unfused:
+            line += f"; slower without fused_cpu.c: {self.unfused}"
         return line
 
 

@@ -465,9 +465,9 @@ def test_threads_are_one_or_all_and_those_of_the_caller_come_back(make):
     assert torch.get_num_threads() == before
 
     class Slow:
-        config = SimpleNamespace(block_size=4)
+        config = SimpleNamespace(block_size=4, n_layer=1)
 
-        def __call__(self, idx):
+        def __call__(self, idx, cache):
             time.sleep(0.06)
 
     assert best_threads(Slow()) is None
@@ -475,9 +475,9 @@ def test_threads_are_one_or_all_and_those_of_the_caller_come_back(make):
 
 def test_the_cost_of_a_guess_is_measured_in_passes_over_one_token():
     class Linear:
-        config = SimpleNamespace(block_size=16)
+        config = SimpleNamespace(block_size=16, n_layer=1)
 
-        def __call__(self, idx):
+        def __call__(self, idx, cache):
             time.sleep(0.01 + 0.005 * (idx.size(1) - 1))  # half as long again for each further token
 
     assert 0.3 < guess_cost(Linear(), 3) < 0.7
