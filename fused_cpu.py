@@ -1,8 +1,8 @@
 """A pass over a few tokens on a CPU in one call of a function in C: what fused.py is for a GPU.
 
-PyTorch takes some 300 operations for such a pass, and longer to call them than to compute them. fused_cpu.c computes all
-of it. Any C compiler will do; it is asked once, for a second, and what it made is kept in __pycache__. Without one, all
-is as it was: the same text, written by PyTorch.
+PyTorch takes some 300 operations for such a pass, and longer to call them than to compute them. fused_cpu.c computes
+all of it. Any C compiler will do: it is called once, for a second, and what it made is kept in __pycache__. Where there
+is none, PyTorch writes as before.
 
     prepare(model, "int8")      # model.GPT or modern.Modern, in float32; how: a key of lighten.KINDS
     model(idx, cache=cache)     # from now on by fused_cpu.c, where that fits (FusedStep.fits)
@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 
 from generate import KVCache
-from lighten import HEAVY, join_qkv, lighten, linears, to_int8
+from lighten import HEAVY, join_qkv, lighten, to_int8
 from model import GPT
 from modern import Modern
 from utils import HERE, first_line
@@ -128,8 +128,10 @@ def library():
 # The step
 
 
-def fits(model):
-    """Can there be a FusedStep for this model? Else in words why not."""
+def why_not(model):
+    """In words, why there can be no FusedStep for a model; None where there can."""
+    if os.name == "nt":
+        return "it was never tried on Windows"
     if type(model) not in (GPT, Modern):
         return f"it is made for model.GPT and modern.Modern, not for {type(model).__name__}"
     c = model.config
@@ -137,6 +139,8 @@ def fits(model):
         return f"it needs heads of a multiple of 16 channels, and these have {c.n_embd // c.n_head}"
     if model.num_params() > MOST_WEIGHTS:
         return f"it is for models of up to {MOST_WEIGHTS:,} weights"
+    if c.block_size < 2:
+        return "it needs a block_size of 2 or more"
     return None
 
 
@@ -166,7 +170,7 @@ class FusedStep:
         (B, T), memory = idx.shape, cache.memory.tensor
         if memory is None or memory.dtype != torch.float32 or memory.size(2) != B or cache.visible.pad is not None:
             return False
-        return B * T <= self.most and 0 < cache.length <= self.config.block_size - T
+        return cache.length > 0 and cache.length + T <= self.config.block_size and self.most >= B * T
 
     def __call__(self, idx, cache, last=1):
         """idx (B, T) int64, which must fit, after what is in a generate.KVCache -> logits (B, last, V), float32.
@@ -294,9 +298,9 @@ def prepare(model, how):
 
     Returns None, or in words why there is no such step. Raises UserError as lighten does.
     """
-    step, why = None, fits(model)
+    step, why = None, why_not(model)
     join_qkv(model)
-    if why is None and model.config.block_size > 1:
+    if why is None:
         try:
             step = FusedStep(model, "float16" if how == "16 bits" else how)
         except OSError as error:

@@ -282,8 +282,10 @@ def use_threads(n):
 
 @torch.inference_mode()
 def pass_seconds(model, n_tokens):
-    """How long a pass of a model over so many tokens takes, behind another one if the window has room for it: the median
-    of five, or of fewer where they are slow."""
+    """How long a pass of a model over so many tokens takes: the median of five, or of fewer where they are slow.
+
+    They come behind another token, as when writing, where the window has room for it.
+    """
     idx, times = torch.zeros(1, min(n_tokens, model.config.block_size), dtype=torch.int64), []
     cache = KVCache(model.config)
     while len(times) < 5 and sum(times) < SLOW:
@@ -492,28 +494,32 @@ def speculate(model, idx, max_new_tokens, draft, guesses=3, sampling=None, gener
     while left > 0:
         n = min(guesses, left - 1, max(0, reader.room(text.size(1))))
         guessed = draft.propose(known, n) if n > 0 and counts.pays() else []
-        text = torch.cat([text, text.new_tensor([guessed])], dim=1) if guessed else text  # (1, N + g)
-        N = text.size(1) - len(guessed)
-        logits = reader.next_logits(text, last=1 + len(guessed)).view(1, 1 + len(guessed), -1)
-        written = []
-        for i in range(1 + len(guessed)):
-            probs = sampling.probs(logits[:, i], text[:, : N + i])  # (1, V)
-            if i < len(guessed):
-                if torch.rand((), generator=generator, device=idx.device) < probs[0, guessed[i]]:
-                    written.append(guessed[i])
-                    continue
-                probs[0, guessed[i]] = 0.0
-            written.append(int(pick(probs, generator)))
-            break
-        if reader.cache is not None:
-            reader.cache.forget(1 + len(guessed) - len(written))
-        text = torch.cat([text[:, :N], text.new_tensor([written])], dim=1)
+        if guessed:
+            written = checked(text, guessed, reader, sampling, generator)
+            if reader.cache is not None:
+                reader.cache.forget(1 + len(guessed) - len(written))
+        else:
+            written = [int(reader.next_tokens(text, sampling, generator))]
+        text = torch.cat([text, text.new_tensor([written])], dim=1)
         known += written
         left -= len(written)
         counts.tokens, counts.passes = counts.tokens + len(written), counts.passes + 1
         counts.guessed, counts.accepted = counts.guessed + len(guessed), counts.accepted + len(written) - 1
-        for token in written:
-            yield text.new_tensor([token])
+        yield from text[:, -len(written) :].unbind(1)
+
+
+def checked(text, guessed, reader, sampling, generator):
+    """The tokens after text (1, N), of which some are guessed: those guesses that are accepted, and one more, drawn."""
+    N, written = text.size(1), []
+    text = torch.cat([text, text.new_tensor([guessed])], dim=1)  # (1, N + g)
+    logits = reader.next_logits(text, last=1 + len(guessed))  # (1, 1 + g, V)
+    for i, guess in enumerate(guessed):
+        probs = sampling.probs(logits[:, i], text[:, : N + i])  # (1, V)
+        if torch.rand((), generator=generator, device=text.device) >= probs[0, guess]:
+            probs[0, guess] = 0.0
+            return [*written, int(pick(probs, generator))]
+        written.append(guess)
+    return [*written, int(pick(sampling.probs(logits[:, -1], text), generator))]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
