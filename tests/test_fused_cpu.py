@@ -229,11 +229,13 @@ def test_a_large_model_in_bfloat16_reads_only_a_few_rows_so(trained, monkeypatch
     assert FusedStep(trained("gpt"), "float32").most == 64
 
 
-def test_a_model_with_an_idea_of_ones_own_is_not_written_by_code_that_does_not_know_it(trained, monkeypatch):
+def test_a_model_with_an_idea_of_ones_own_is_not_written_by_code_that_does_not_know_it(trained, monkeypatch, capsys):
+    fused_cpu.say.cache_clear()
     model, idx = trained("gpt"), tokens(1, 6, vocab_size=65)
     monkeypatch.setattr(torch.nn.functional, "gelu", lambda x, approximate: x.sin())
     expected = model(idx)[0]
     assert "another model" in prepare(model, "float32")
+    assert capsys.readouterr().err.startswith("fused_cpu.c is not used, and writing is slower: it computes another")
     assert not hasattr(model, "fused")
     cache = KVCache(model.config)
     with torch.inference_mode():
