@@ -44,7 +44,7 @@ WORKS = {
     "first": "first token after a prompt of 200, ms",
 }
 HOW = dict(temperature=0.8, top_k=40)
-AS_IN_SAMPLE = dict(os.environ, GOMP_SPINCOUNT="3000")  # how sample.py's threads wait
+AS_IN_SAMPLE = dict(os.environ, GOMP_SPINCOUNT="6000")  # how sample.py's threads wait
 
 
 @dataclass

@@ -166,6 +166,7 @@ class FusedStep:
         self.scratch_size = max(self.most * (self.group + 4 * c.n_embd), c.block_size + self.group + c.n_embd)
         self.scratch = torch.empty(0)  # scratch_size for each thread
         self.memory = self.attentions = None  # of a cache, and the structures that point into it
+        self.threads = None  # on how many it is done, with the same numbers on any; None: as many as PyTorch has
 
     def fits(self, idx, cache):
         """Can it read idx (B, T) after what is in the cache? Not into an empty one, nor of padded rows."""
@@ -179,7 +180,7 @@ class FusedStep:
 
         Raises IndexError for a token beyond the vocabulary.
         """
-        (B, T), layers, threads = idx.shape, cache.layers, torch.get_num_threads()
+        (B, T), layers, threads = idx.shape, cache.layers, self.threads or torch.get_num_threads()
         last = min(last, T)
         if self.memory is not cache.memory.tensor:
             self.memory, self.attentions = cache.memory.tensor, self._attentions(cache.memory.tensor)

@@ -263,6 +263,7 @@ class Reader:
 
 
 SLOW = 0.05  # seconds: a model with a slower pass uses all threads
+DRAWING = 0.0001  # seconds, about, that it takes to draw a token and hand it over: they are saved with the pass
 FEW = 8  # up to so many tokens one thread may be faster than several, which wait for each other
 
 
@@ -313,7 +314,7 @@ def guess_cost(model, guesses, threads=None):
     """Measure what a guess costs in speculate: the time that a pass takes longer for it, in passes over one token."""
     with use_threads(threads):
         one, several = (pass_seconds(model, n) for n in (1, 1 + guesses))
-    return max(0.0, several / one - 1) / guesses
+    return max(0.0, several - one) / (one + DRAWING) / guesses
 
 
 def check_numbers(highest):

@@ -16,8 +16,8 @@ Exercises:
 
 import os
 
-if "OMP_WAIT_POLICY" not in os.environ:  # in a pass over a few tokens, threads have work every 60 us: docs/speed.md
-    os.environ.setdefault("GOMP_SPINCOUNT", "3000")
+if "OMP_WAIT_POLICY" not in os.environ:  # threads have work again 120 us after a pass over a few tokens: docs/speed.md
+    os.environ.setdefault("GOMP_SPINCOUNT", "6000")
 
 # isort: split
 import utils  # first: it starts the clock  # noqa: F401
@@ -53,7 +53,7 @@ from tokenizer import prompt_tokens, whole_characters
 from utils import UserError, is_out_of_memory, option, parse_options, pick_device, pick_dtype, run_command
 
 SEEDED_COST = 0.2  # of a guess, where it is not measured: what it is on most machines,
-FUSED_SEEDED_COST = 0.5  # and where fused_cpu.c reads it
+FUSED_SEEDED_COST = 0.3  # and where fused_cpu.c reads it
 SAMPLES_AT_ONCE = 64  # more than this many samples are written in groups, so that memory stays bounded
 
 
@@ -246,10 +246,13 @@ class Scribe:
         guess = options.guesses > 0 and why_no_guesses(options, device) is None
         self.draft = Draft.load(options.out_dir, model.config.vocab_size) if guess else None
         at_once = options.num_beams if options.num_beams > 1 else 1 + options.guesses if self.draft else 1
-        # Not with a seed: another number of threads rounds otherwise, and with or without guesses other numbers are
-        # drawn, which could end in another text.
-        measure = device.type == "cpu" and options.num_samples == 1 and at_once <= FEW and options.seed is None
-        self.threads = best_threads(model, at_once) if measure else None
+        # Not with a seed: another number of threads rounds otherwise, but in fused_cpu.c, and with or without guesses
+        # other numbers are drawn, which could end in another text.
+        few, fused = device.type == "cpu" and options.num_samples == 1 and at_once <= FEW, getattr(model, "fused", None)
+        measure = few and options.seed is None
+        if few and fused is not None:
+            fused.threads = best_threads(model, at_once)
+        self.threads = best_threads(model, at_once) if measure and fused is None else None
         self.reader = reader_on(device, model, self.threads)
         cost = SEEDED_COST if unfused else FUSED_SEEDED_COST
         if self.draft and measure:

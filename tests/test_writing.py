@@ -697,7 +697,7 @@ def test_int8_without_its_kernel_is_one_line(make, monkeypatch):
 
 
 def test_threads_wait_awake_for_the_next_product_unless_the_user_has_said_how_they_wait():
-    for said, expected in ({}, "3000"), (dict(GOMP_SPINCOUNT="7"), "7"), (dict(OMP_WAIT_POLICY="passive"), "None"):
+    for said, expected in ({}, "6000"), (dict(GOMP_SPINCOUNT="7"), "7"), (dict(OMP_WAIT_POLICY="passive"), "None"):
         env = {name: value for name, value in os.environ.items() if name not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
         head = "import os\nexec(open('sample.py').read().split('import utils')[0])\n"  # all that comes before PyTorch
         code = head + "print(os.environ.get('GOMP_SPINCOUNT'))"
