@@ -170,7 +170,7 @@ class FusedStep:
 
     def fits(self, idx, cache):
         """Can it read idx (B, T) after what is in the cache? Not into an empty one, nor of padded rows."""
-        (B, T), memory = idx.shape, cache.memory.tensor
+        (B, T), memory = idx.shape, cache.memory.tensor if isinstance(cache, KVCache) else None
         if memory is None or memory.dtype != torch.float32 or memory.size(2) != B or cache.visible.pad is not None:
             return False
         return cache.length > 0 and cache.length + T <= self.config.block_size and self.most >= B * T
