@@ -13,6 +13,7 @@ Here is what fused_cpu.c cannot know: where the numbers lie, and which operation
 import ctypes
 import functools
 import hashlib
+import math
 import os
 import platform
 import shutil
@@ -269,8 +270,8 @@ class FusedStep:
         return (Attention * len(each))(*each)
 
 
-def agree(model, step):
-    """Does a step compute what its model does, but for rounding? Not, where the model's code was changed.
+def disagreement(model, step):
+    """By what share a step's logits differ from its model's: by more than ROUNDING, where the model's code was changed.
 
     Shown by a trial: what an idea changes only behind more tokens than are TRIED is not seen.
     """
@@ -283,7 +284,7 @@ def agree(model, step):
         model(idx[:, :before], cache=cache)
     expected = model(idx[:, before:], cache=caches[0], last=n)[0].float()
     logits = step(idx[:, before:], caches[1], n)
-    return bool((logits - expected).norm() <= ROUNDING[step.how] * (expected - expected.mean()).norm())
+    return float((logits - expected).norm() / (expected - expected.mean()).norm().clamp(min=1e-9))
 
 
 @functools.lru_cache(maxsize=None)
@@ -322,9 +323,13 @@ def prepare(model, how):
             why = say(f"it cannot be compiled: {first_line(error.stderr)}")
     # The two formats of "16 bits" are for few and for many tokens.
     lighten(model, "bfloat16" if step is not None and how == "16 bits" else how)
-    if step is not None and not agree(model, step):
-        step, why = None, say("it computes another model than model.py and modern.py")
     if step is not None:
+        differ = disagreement(model, step)
+        if not math.isfinite(differ):
+            why = "the model computes infinities or NaN"
+        elif differ > ROUNDING[step.how]:
+            why = say("it computes another model than model.py and modern.py")
+    if why is None:
         model.fused = step
         model.__class__ = stepping(type(model))
     return why
