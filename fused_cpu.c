@@ -140,8 +140,8 @@ static inline vec all(float x) { return x - (vec){0}; }
 static inline vec where(ints condition, vec a, vec b) { return (vec)((condition & (ints)a) | (~condition & (ints)b)); }
 
 /* e^x, to 1e-7 of itself: 2^n times a polynomial for what is left, at most half of ln 2. NaN stays NaN. */
-static inline vec exponential(vec x) {
-    x = where(x < -87.0f, all(-87.0f), x);
+static inline vec exponential(vec of) {
+    vec x = where(of < -87.0f, all(-87.0f), of);
     x = where(x > 88.0f, all(88.0f), x);
     const vec magic = all(12582912.0f); /* 1.5 * 2^23: adding it rounds to a whole number */
     vec n = x * 1.44269504f + magic;
@@ -154,7 +154,7 @@ static inline vec exponential(vec x) {
     p = p * r + 1.6666666e-1f;
     p = p * r + 0.5f;
     p = p * r * r + r + 1.0f;
-    return (vec)((ints)p + shift);
+    return where(of == of, (vec)((ints)p + shift), of);
 }
 
 static inline vec bent(vec x, int bend) {
@@ -226,7 +226,8 @@ static const float *prepared(const Linear *l, const Pass *pass, int rows, float 
     }
     if (l->shift) {
         float *newest = pass->newest + (size_t)l->layer * rows * K;
-        if (omp_get_thread_num() == 0) memcpy(newest, scratch, (size_t)rows * K * sizeof *scratch);
+        if (omp_get_thread_num() == 0) /* all threads have made the same rows */
+            memcpy(newest, scratch, (size_t)rows * K * sizeof *scratch);
         for (int row = rows - 1; row >= 0; row--) { /* backwards: each needs the one before as it was */
             float *u = scratch + (size_t)row * K;
             const float *before = row % T ? u - K : pass->before[l->layer] + row / T * pass->stride;

@@ -11,15 +11,19 @@ Here is what fused_cpu.c cannot know: where the numbers lie, and which operation
 """
 
 import ctypes
+import dataclasses
 import functools
+import glob
 import hashlib
 import math
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 
 import torch
 import torch.nn.functional as F
@@ -28,18 +32,18 @@ from generate import KVCache
 from lighten import HEAVY, join_qkv, lighten, to_int8
 from model import GPT
 from modern import Modern
-from utils import HERE, first_line
+from utils import HERE, first_line, same_dice
 
 SOURCE = os.path.join(HERE, "fused_cpu.c")
 FLAGS = ["-O3", "-fPIC", "-shared", "-lm"]
 MOST = 64  # rows, B texts * T tokens, that are read at once
 MOST_IF_HEAVY = 8  # the same of a large model in bfloat16, of which oneDNN multiplies more rows faster
 MOST_WEIGHTS = 500_000_000  # of a larger model the weights are not laid out twice, for the memory that would take
-TRIED = 128, 4  # tokens of the trial that shows whether model and step agree: read before, and by both
+TRIED = 128  # tokens of the trials that show whether model and step agree
 
 # As fused_cpu.c numbers them
 FORMATS = {"float32": 0, "bfloat16": 1, "float16": 2, "int8": 3}
-ROUNDING = {"float32": 0.001, "bfloat16": 0.05, "float16": 0.05, "int8": 0.1}  # by which logits may differ in the trial
+ROUNDING = 0.1  # by what share its logits may differ from those of a model in another format
 GELU, RELU_SQUARED, SOFT_CAP = 1, 2, 3
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -77,9 +81,16 @@ class Pass(ctypes.Structure):
 # Compiling
 
 
+class CannotCompile(Exception):
+    """Why fused_cpu.c cannot be compiled here, in words."""
+
+
 def compiler():
-    """The path of a C compiler, or None."""
-    return next(filter(None, map(shutil.which, (os.environ.get("CC") or "cc", "gcc", "clang"))), None)
+    """A C compiler, as the beginning of a command; [] where there is none."""
+    for command in (shlex.split(os.environ.get("CC", "")), ["cc"], ["gcc"], ["clang"]):
+        if command and shutil.which(command[0]):
+            return command
+    return []
 
 
 def processor():
@@ -92,26 +103,33 @@ def processor():
 
 
 def loaded(path):
-    """The functions of fused_cpu.c, from a shared library."""
+    """The functions of fused_cpu.c, from a shared library. Raises OSError."""
     functions = ctypes.CDLL(path)
     functions.run.argtypes = [ctypes.c_void_p] * 4
     return functions
 
 
+def digest(*what):
+    return hashlib.sha256(repr(what).encode()).hexdigest()[:16]
+
+
+def digest_of(path):
+    with open(path, "rb") as f:
+        return digest(f.read())
+
+
 @functools.lru_cache(maxsize=None)
 def library():
-    """fused_cpu.c, compiled for this CPU. Raises OSError or subprocess.CalledProcessError where that cannot be."""
-    with open(SOURCE, "rb") as f:
-        source = f.read()
+    """fused_cpu.c, compiled for this CPU. Raises CannotCompile, or OSError."""
     cc = compiler()
     flags = [*FLAGS, "-march=native"] if platform.machine() in ("x86_64", "AMD64") else FLAGS
-    digest = hashlib.sha256(repr((source, cc, flags, processor())).encode()).hexdigest()[:16]
     directory = os.path.join(HERE, "__pycache__")
-    kept = os.path.join(directory, f"fused_cpu-{digest}.so")
-    if os.path.exists(kept):
-        return loaded(kept)
-    if cc is None:
-        raise OSError("there is no C compiler")
+    name = os.path.join(directory, f"fused_cpu-{digest(digest_of(SOURCE), cc, flags, processor())}-")
+    for kept in glob.glob(f"{glob.escape(name)}*.so"):  # named by what it was made of and by its own content
+        if kept == f"{name}{digest_of(kept)}.so":
+            return loaded(kept)
+    if not cc:
+        raise CannotCompile("there is no C compiler")
     try:
         os.makedirs(directory, exist_ok=True)
         place = tempfile.TemporaryDirectory(dir=directory)
@@ -119,12 +137,23 @@ def library():
         directory, place = None, tempfile.TemporaryDirectory()
     with place as temporary:
         made = os.path.join(temporary, "made.so")
-        command = [cc, SOURCE, "-o", made, *flags]
-        if subprocess.run([*command, "-fopenmp"], capture_output=True).returncode != 0:  # Apple's Clang has no OpenMP
-            subprocess.run(command, check=True, capture_output=True, text=True)
-        if directory is not None:
-            os.replace(made, kept)  # at once: another process may be doing the same
-        return loaded(made if directory is None else kept)
+        compile_to(made, [*cc, SOURCE, "-o", made, *flags])
+        if directory is None:
+            return loaded(made)
+        kept = f"{name}{digest_of(made)}.so"
+        os.replace(made, kept)  # whole at once: another process may be doing the same
+    return loaded(kept)
+
+
+def compile_to(path, command):
+    """Run a compiler's command. Raises CannotCompile where it leaves nothing at path."""
+    for each in ([*command, "-fopenmp"], command):  # Apple's Clang has no OpenMP
+        done = subprocess.run(each, capture_output=True, text=True, errors="replace")
+        if done.returncode == 0 and os.path.exists(path):
+            return
+    lines = done.stderr.strip().splitlines()
+    line = next((line for line in lines if "error" in line), lines[0] if lines else f"{command[0]} failed")
+    raise CannotCompile(f"it cannot be compiled: {line}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -137,6 +166,8 @@ def why_not(model):
         return "it was never tried on Windows"
     if type(model) not in (GPT, Modern):
         return f"it is made for model.GPT and modern.Modern, not for {type(model).__name__}"
+    if any(p.dtype != torch.float32 or p.device.type != "cpu" for p in model.parameters()):
+        return "it is made for a model in float32 on a CPU"
     c = model.config
     if c.n_embd // c.n_head % 16:
         return f"it needs heads of a multiple of 16 channels, and these have {c.n_embd // c.n_head}"
@@ -151,40 +182,59 @@ class FusedStep:
     """step(idx, cache, last) -> logits: what model(idx, cache=cache, last=last)[0] is, by fused_cpu.c.
 
     model: a GPT, or a Modern after lighten.join_qkv; its weights are copied, in the number format `how`, a key of
-    FORMATS. One pass at a time: the numbers between its operations have one place. Raises what library() raises.
+    FORMATS. Raises what library() raises, and ValueError where a weight has not the shape that fused_cpu.c counts on.
     """
 
     def __init__(self, model, how):
         c = model.config
         self.functions, self.how, self.config = library(), how, c
         self.group = self.functions.group()
-        self.held = []  # the tensors that the structures point to
-        sizes = dict(x=c.n_embd, qkv=3 * c.n_embd, y=c.n_embd, h=4 * c.n_embd)
         self.most = MOST_IF_HEAVY if how == "bfloat16" and model.num_params(embedding=False) >= HEAVY else MOST
-        self.places = {name: self._hold(torch.empty(self.most, n)) for name, n in sizes.items()}
+        self.held = []  # the tensors that the structures point to
+        self.sizes = dict(x=c.n_embd, qkv=3 * c.n_embd, y=c.n_embd, h=4 * c.n_embd, logits=c.vocab_size)
+        self.places = {name: self._hold(torch.empty(self.most, n), self.most, n) for name, n in self.sizes.items()}
         self.embedding, self.turn, steps = self._gpt(model) if isinstance(model, GPT) else self._modern(model)
+        if len(steps) != 4 * c.n_layer + 1:
+            raise ValueError(f"{len(steps)} products in {c.n_layer} layers")
         self.linears = (Linear * len(steps))(*steps)
-        self.scratch_size = max(self.most * (self.group + 4 * c.n_embd), c.block_size + self.group + c.n_embd)
+        self.scratch_size = max(self.most * (self.group + c.n_embd), c.block_size + self.group + c.n_embd)
         self.scratch = torch.empty(0)  # scratch_size for each thread
-        self.memory = self.attentions = None  # of a cache, and the structures that point into it
+        self.memory = self.attentions = None  # where a cache's memory is, and the structures that point into it
         self.threads = None  # on how many it is done, with the same numbers on any; None: as many as PyTorch has
+        self.lock = threading.Lock()  # of places and scratch, of which each has one pass at a time
+
+    def __deepcopy__(self, memo):
+        return self  # its weights never change
 
     def fits(self, idx, cache):
         """Can it read idx (B, T) after what is in the cache? Not into an empty one, nor of padded rows."""
-        (B, T), memory = idx.shape, cache.memory.tensor if isinstance(cache, KVCache) else None
-        if memory is None or memory.dtype != torch.float32 or memory.size(2) != B or cache.visible.pad is not None:
+        (B, T), c = idx.shape, self.config
+        if not isinstance(cache, KVCache) or cache.memory.tensor is None or cache.visible.pad is not None:
             return False
-        return cache.length > 0 and cache.length + T <= self.config.block_size and self.most >= B * T
+        memory, shape = cache.memory.tensor, (c.n_layer, 2, B, c.n_head, c.block_size, c.n_embd // c.n_head)
+        if (memory.shape, memory.dtype, idx.dtype) != (shape, torch.float32, torch.int64):
+            return False
+        few = T > 0 and self.most >= B * T and cache.before == self.embedding.n - 1
+        return few and cache.length > 0 and cache.length + T <= c.block_size
 
     def __call__(self, idx, cache, last=1):
         """idx (B, T) int64, which must fit, after what is in a generate.KVCache -> logits (B, last, V), float32.
 
         Raises IndexError for a token beyond the vocabulary.
         """
+        known = cache.tokens
+        try:
+            with self.lock:
+                return self._read(idx, cache, min(last, idx.size(1)))
+        except BaseException:  # Ctrl-C too
+            cache.tokens = known
+            raise
+
+    def _read(self, idx, cache, last):
         (B, T), layers, threads = idx.shape, cache.layers, self.threads or torch.get_num_threads()
-        last = min(last, T)
-        if self.memory is not cache.memory.tensor:
-            self.memory, self.attentions = cache.memory.tensor, self._attentions(cache.memory.tensor)
+        if self.memory != (cache.memory.tensor.data_ptr(), B):
+            self.memory = cache.memory.tensor.data_ptr(), B
+            self.attentions = self._attentions(cache.memory.tensor)
         if len(self.scratch) < threads * self.scratch_size:
             self.scratch = torch.empty(threads * self.scratch_size)
         tokens = (idx if self.embedding.n == 1 else cache.with_before(idx)).contiguous()
@@ -205,35 +255,43 @@ class FusedStep:
                 layer.last = newest[i]
         return logits
 
-    def _hold(self, tensor):
-        """Where a tensor's numbers lie, from now on; None for None."""
+    def _hold(self, tensor, *shape):
+        """Where a tensor's numbers lie, from now on; None for None. Raises ValueError where it has another shape."""
         if tensor is None:
             return None
+        if tensor.shape != shape:
+            raise ValueError(f"{tuple(tensor.shape)} in place of {shape}")
         self.held.append(tensor.detach().contiguous())
         return self.held[-1].data_ptr()
 
     def _linear(self, linear, x, y, **more):
         """A Linear from the place called x to that called y."""
-        weight, scale = linear.weight.detach(), None
-        (N, K), missing = weight.shape, -len(weight) % self.group
+        N, K, weight, scale = self.sizes[y], self.sizes[x], linear.weight.detach(), None
+        if weight.shape != (N, K):
+            raise ValueError(f"{tuple(weight.shape)} in place of {(N, K)}")
         if self.how == "int8":
             weight, scale = to_int8(weight)
-            scale = F.pad(scale[:, 0].bfloat16().float(), (0, missing))
+            scale = scale[:, 0].bfloat16().float()
         else:
             weight = weight.to(getattr(torch, self.how))
-        weight = F.pad(weight, (0, 0, 0, missing)).view(-1, self.group, K).transpose(1, 2)  # (N / group, K, group)
-        bias = None if linear.bias is None else F.pad(linear.bias, (0, missing))
-        tensors = {name: self._hold(t) for name, t in dict(W=weight, scale=scale, bias=bias).items()}
-        return Linear(N=N, K=K, format=FORMATS[self.how], x=self.places[x], y=self.places.get(y), **tensors, **more)
+        groups = -(-N // self.group)
+        padding = groups * self.group - N
+        weight = F.pad(weight, (0, 0, 0, padding)).view(groups, self.group, K).transpose(1, 2)
+        scale, bias = (None if t is None else F.pad(t, (0, padding)) for t in (scale, linear.bias))
+        vectors = {name: self._hold(t, N + padding) for name, t in dict(scale=scale, bias=bias).items()}
+        weight = self._hold(weight, groups, K, self.group)
+        places = dict(x=self.places[x], y=self.places[y])
+        return Linear(N=N, K=K, format=FORMATS[self.how], W=weight, **places, **vectors, **more)
 
     def _gpt(self, model):
         """What a GPT is made of: its Embedding, tables that turn queries and keys (none), and its Linears in order."""
 
         def norm(module):
-            return dict(norm=1, norm_scale=self._hold(module.weight), norm_bias=self._hold(module.bias))
+            return dict(norm=1, norm_scale=self._hold(module.weight, C), norm_bias=self._hold(module.bias, C))
 
-        c, parts = model.config, model.transformer
-        wte, wpe = (self._hold(table.weight) for table in (parts.wte, parts.wpe))
+        c, parts, C = model.config, model.transformer, model.config.n_embd
+        wte = self._hold(parts.wte.weight, c.vocab_size, C)
+        wpe = self._hold(parts.wpe.weight, c.block_size, C)
         steps = []
         for block in parts.h:
             steps += [
@@ -243,25 +301,27 @@ class FusedStep:
                 self._linear(block.mlp.c_proj, "h", "x", add=1),
             ]
         steps.append(self._linear(model.lm_head, "x", "logits", newest=1, **norm(parts.ln_f)))
-        return Embedding(c.n_embd, c.vocab_size, n=1, wte=wte, wpe=wpe, x=self.places["x"]), {}, steps
+        return Embedding(C, c.vocab_size, n=1, wte=wte, wpe=wpe, x=self.places["x"]), {}, steps
 
     def _modern(self, model):
         """The same of a Modern."""
-        c, ngrams = model.config, model.ngrams
-        embedding = Embedding(c.n_embd, c.vocab_size, n=c.ngram, wte=self._hold(model.wte.weight), x=self.places["x"])
+        c, C, D, ngrams = model.config, model.config.n_embd, model.config.n_embd // model.config.n_head, model.ngrams
+        wte = self._hold(model.wte.weight, c.vocab_size, C)
+        embedding = Embedding(C, c.vocab_size, n=c.ngram, wte=wte, x=self.places["x"])
         if ngrams is not None:
-            embedding.rows, embedding.table = c.ngram_rows, self._hold(ngrams.table.weight)
-            embedding.factors = self._hold(ngrams.factors)
+            embedding.rows, embedding.table = c.ngram_rows, self._hold(ngrams.table.weight, c.ngram_rows, C)
+            embedding.factors = self._hold(ngrams.factors, c.ngram)
         steps = []
         for i, block in enumerate(model.layers):
             steps += [
-                self._linear(block.attn.c_attn, "x", "qkv", norm=1, shift=self._hold(block.shift), layer=i),
+                self._linear(block.attn.c_attn, "x", "qkv", norm=1, shift=self._hold(block.shift, C), layer=i),
                 self._linear(block.attn.c_proj, "y", "x", add=1),
                 self._linear(block.mlp.c_fc, "x", "h", bend=RELU_SQUARED, norm=1),
                 self._linear(block.mlp.c_proj, "h", "x", add=1),
             ]
         steps.append(self._linear(model.lm_head, "x", "logits", bend=SOFT_CAP, newest=1, norm=1))
-        return embedding, dict(cos=self._hold(model.cos), sin=self._hold(model.sin)), steps
+        turn = {name: self._hold(getattr(model, name), c.block_size, D) for name in ("cos", "sin")}
+        return embedding, turn, steps
 
     def _attentions(self, memory):
         """An Attention for each layer of a generate.Memory's tensor (n_layer, 2, B, H, S, D)."""
@@ -271,20 +331,34 @@ class FusedStep:
 
 
 def disagreement(model, step):
-    """By what share a step's logits differ from its model's: by more than ROUNDING, where the model's code was changed.
-
-    Shown by a trial: what an idea changes only behind more tokens than are TRIED is not seen.
-    """
-    c, (before, n) = model.config, TRIED
-    n = min(n, c.block_size - 1)
-    before = min(before, c.block_size - n)
-    idx = torch.randint(c.vocab_size, (1, before + n), generator=torch.Generator().manual_seed(0))
+    """By what share a step's logits differ from those of its model, which may be in a lighter format, for a few random
+    tokens at the end of a text."""
+    c = model.config
+    n = min(4, c.block_size - 1)
+    idx = torch.randint(c.vocab_size, (1, min(c.block_size, TRIED)), generator=torch.Generator().manual_seed(0))
     caches = KVCache(c), KVCache(c)
     for cache in caches:
-        model(idx[:, :before], cache=cache)
-    expected = model(idx[:, before:], cache=caches[0], last=n)[0].float()
-    logits = step(idx[:, before:], caches[1], n)
+        model(idx[:, :-n], cache=cache)
+    expected = model(idx[:, -n:], cache=caches[0], last=n)[0].float()
+    logits = step(idx[:, -n:], caches[1], n)
     return float((logits - expected).norm() / (expected - expected.mean()).norm().clamp(min=1e-9))
+
+
+@torch.inference_mode()
+def knows(cls, config):
+    """Does fused_cpu.c compute what a class of models does? Not, where its code was changed.
+
+    Shown by a small model of random weights in float32: what an idea changes in large ones alone, or behind more tokens
+    than are TRIED, is not seen.
+    """
+    sizes = dict(n_layer=2, n_head=2, n_embd=64, vocab_size=31, block_size=TRIED)
+    sizes.update(dict(ngram_rows=61, ahead=1) if cls is Modern else {})
+    with same_dice(torch.device("cpu")):
+        torch.manual_seed(0)
+        model = cls(dataclasses.replace(config, **sizes)).eval()
+        for p in model.parameters():
+            p.add_(0.2 * torch.randn_like(p))
+    return disagreement(join_qkv(model), FusedStep(model, "float32")) < 1e-4
 
 
 @functools.lru_cache(maxsize=None)
@@ -312,23 +386,24 @@ def prepare(model, how):
 
     Returns None, or in words why there is no such step. Raises UserError as lighten does.
     """
-    step, why = None, why_not(model)
-    join_qkv(model)
-    if why is None:
-        try:
-            step = FusedStep(model, "float16" if how == "16 bits" else how)
-        except OSError as error:
-            why = str(error)
-        except subprocess.CalledProcessError as error:
-            why = say(f"it cannot be compiled: {first_line(error.stderr)}")
+    step, why, other = None, why_not(model), "it computes another model than model.py or modern.py"
+    try:
+        if why is None and knows(type(model), model.config):
+            step = FusedStep(join_qkv(model), "float16" if how == "16 bits" else how)
+        why = why or (None if step else say(other))
+    except CannotCompile as error:
+        why = str(error) if compiler() == [] else say(str(error))
+    except OSError as error:
+        why = say(f"it cannot be loaded: {error}")
+    except Exception as error:  # of a model that has other parts, or parts of other shapes
+        why = say(f"{other} ({first_line(error) or type(error).__name__})")
     # The two formats of "16 bits" are for few and for many tokens.
     lighten(model, "bfloat16" if step is not None and how == "16 bits" else how)
-    if step is not None:
-        differ = disagreement(model, step)
-        if not math.isfinite(differ):
-            why = "the model computes infinities or NaN"
-        elif differ > ROUNDING[step.how]:
-            why = say("it computes another model than model.py and modern.py")
+    differ = 0.0 if step is None else disagreement(model, step)
+    if not math.isfinite(differ):
+        why = "the model computes infinities or NaN"
+    elif differ > ROUNDING:
+        why = say(other)
     if why is None:
         model.fused = step
         model.__class__ = stepping(type(model))
