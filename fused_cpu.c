@@ -1,8 +1,8 @@
 /* A few tokens through a GPT on a CPU, in one call: fused_cpu.py says what to compute, and checks that it is right.
 
-A pass over a few tokens is some 30 operations, each of which PyTorch looks up, allocates for, and hands to its threads
-anew; that takes longer than the arithmetic. Here all of them are done in one call, by threads that wait for each other
-at barriers, each making its share of an operation's outputs:
+PyTorch has 300 operations for such a pass, each of which it looks up, allocates for, and hands to its threads anew; that
+takes longer than the arithmetic. Here it is one call and some 30 operations, done by threads that wait for each other at
+barriers, each making its share of an operation's outputs:
 
     embed      tokens -> x (R, C)
     linear     [norm] x W^T [+ bias] [bent] [added to what is there] -> (R, N)
@@ -55,7 +55,7 @@ typedef struct {
     int32_t newest;                      /* only the newest pass->last rows of each text, to pass->logits? */
     int32_t norm;                        /* is x normed? */
     int32_t layer;                       /* of which pass->before and pass->newest are, where there is a shift */
-    const void *W;                       /* (N / GROUP, K, GROUP), N rounded up */
+    const void *W;                       /* (N / GROUP, K, GROUP), N rounded up; K is even */
     const float *scale, *bias;           /* (N,) rounded up, or NULL */
     const float *x;                      /* (R, K) */
     float *y;                            /* (R, N) */
@@ -73,7 +73,8 @@ typedef struct {
 
 typedef struct {
     int32_t C, V, n, rows;          /* n: tokens of the longest run that has a vector, 1 for none; rows of their table */
-    const float *wte, *wpe, *table; /* (V, C), (S, C) or NULL, (rows, C) or NULL: then x is normed */
+    const float *wte, *wpe;         /* (V, C), and (S, C) or NULL: then x is normed */
+    const float *table;             /* (rows, C), where n is above 1 */
     const int64_t *factors;         /* (n,) */
     float *x;                       /* (R, C) */
 } Embedding;
@@ -139,7 +140,8 @@ static inline vec all(float x) { return x - (vec){0}; }
 /* The numbers of a where the condition is true, of b elsewhere. */
 static inline vec where(ints condition, vec a, vec b) { return (vec)((condition & (ints)a) | (~condition & (ints)b)); }
 
-/* e^x, to 1e-7 of itself: 2^n times a polynomial for what is left, at most half of ln 2. NaN stays NaN. */
+/* e^x, to 1e-7 of itself: 2^n times a polynomial (Moshier's, of Cephes) for what is left, at most half of ln 2.
+   NaN stays NaN. */
 static inline vec exponential(vec of) {
     vec x = where(of < -87.0f, all(-87.0f), of);
     x = where(x > 88.0f, all(88.0f), x);
@@ -267,6 +269,7 @@ static inline __attribute__((always_inline)) void multiply_all(
     if (r < rows) multiply(W, x + (size_t)r * K, y + r * GROUP, K, 1, format);
 }
 
+/* A part is a group of outputs, of all rows. */
 static void linear(const Linear *l, const Pass *pass) {
     int K = l->K, rows = pass->B * (l->newest ? pass->last : pass->T), first, end;
     float *scratch = pass->scratch + omp_get_thread_num() * pass->scratch_size;
@@ -297,6 +300,7 @@ static void linear(const Linear *l, const Pass *pass) {
     }
 }
 
+/* modern.rotate: turn a head's channels by their position's angles. */
 static void turn(float *x, const float *cos, const float *sin, int D) {
     for (int i = 0; i < D / 2; i++) {
         float a = x[i], b = x[i + D / 2];
@@ -314,6 +318,8 @@ static inline __attribute__((always_inline)) void weighted(
     for (int i = 0; i < n; i++) store(y + i * LANES, mean[i] / total);
 }
 
+/* Softmax attention of each text's T tokens to those before them and to themselves, whose keys and values are added to
+   the cache first. A part is a head of a text. */
 static void attend(const Attention *a, const Pass *pass) {
     int first, end, H = a->H, D = a->D, T = pass->T, start = pass->start;
     float *scores = pass->scratch + omp_get_thread_num() * pass->scratch_size; /* (S,), a multiple of LANES */

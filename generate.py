@@ -263,7 +263,6 @@ class Reader:
 
 
 SLOW = 0.05  # seconds: a model with a slower pass uses all threads
-DRAWING = 0.0001  # seconds, about, that it takes to draw a token and hand it over: they are saved with the pass
 FEW = 8  # up to so many tokens one thread may be faster than several, which wait for each other
 
 
@@ -285,14 +284,15 @@ def use_threads(n):
 def pass_seconds(model, n_tokens):
     """How long a pass of a model over so many tokens takes: the median of five, or of fewer where they are slow.
 
-    They come behind another token, as when writing, where the window has room for it.
+    They come behind other tokens, as when writing, where the window has room for them.
     """
     idx, times = torch.zeros(1, min(n_tokens, model.config.block_size), dtype=torch.int64), []
-    cache = KVCache(model.config)
+    cache, room = KVCache(model.config), model.config.block_size - idx.size(1)
     while len(times) < 5 and sum(times) < SLOW:
-        cache.clear()
-        if idx.size(1) < model.config.block_size:
-            model(idx[:, :1], cache=cache)
+        if not 0 < cache.length <= room:
+            cache.clear()
+            if room > 0:
+                model(idx[:, :1], cache=cache)
         start = time.perf_counter()
         model(idx, cache=cache)
         times.append(time.perf_counter() - start)
@@ -314,7 +314,7 @@ def guess_cost(model, guesses, threads=None):
     """Measure what a guess costs in speculate: the time that a pass takes longer for it, in passes over one token."""
     with use_threads(threads):
         one, several = (pass_seconds(model, n) for n in (1, 1 + guesses))
-    return max(0.0, several - one) / (one + DRAWING) / guesses
+    return max(0.0, several / one - 1) / guesses
 
 
 def check_numbers(highest):

@@ -53,7 +53,7 @@ from tokenizer import prompt_tokens, whole_characters
 from utils import UserError, is_out_of_memory, option, parse_options, pick_device, pick_dtype, run_command
 
 SEEDED_COST = 0.2  # of a guess, where it is not measured: what it is on most machines,
-FUSED_SEEDED_COST = 0.3  # and where fused_cpu.c reads it
+FUSED_SEEDED_COST = 0.4  # and where fused_cpu.c reads it
 SAMPLES_AT_ONCE = 64  # more than this many samples are written in groups, so that memory stays bounded
 
 
