@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from test_generate import tokens
-from test_writing import ARCHS, needs_muon
+from test_modern import make_modern
 
 import fused_cpu
 import model as model_module
@@ -20,13 +20,13 @@ from fused_cpu import FusedStep, prepare
 from generate import KVCache, beam_search, generate
 from lighten import join_qkv, linears, to_int8
 from model import MLP, CausalSelfAttention, GPTConfig, LayerNorm
-from modern import Modern, ModernConfig
 
 pytestmark = [
     pytest.mark.skipif(fused_cpu.compiler() == [], reason="there is no C compiler"),
     pytest.mark.skipif(os.name == "nt", reason="not made for Windows"),
 ]
 WIDE = dict(n_embd=48, n_head=3, n_layer=2, vocab_size=65, block_size=40)
+ARCHS = ["gpt", "modern"]
 VECTORS = [[]]  # flags that leave the compiler fewer registers: AVX2's, then SSE's
 if platform.machine() == "x86_64":
     VECTORS += [["-mno-avx512f"], ["-mno-avx512f", "-mno-avx2", "-mno-f16c"]]
@@ -37,15 +37,7 @@ def trained(make_model):
     """trained(arch, ...): a model with weights of some size everywhere, as after training."""
 
     def build(arch, **settings):
-        if arch == "gpt":
-            return make_model(**{**WIDE, **settings})
-        with torch.random.fork_rng():
-            torch.manual_seed(0)
-            model = Modern(ModernConfig(**{**WIDE, **settings}))
-            with torch.no_grad():
-                for p in model.parameters():
-                    p.add_(0.2 * torch.randn_like(p))
-        return model.eval()
+        return (make_model if arch == "gpt" else make_modern)(**{**WIDE, **settings})
 
     return build
 
@@ -387,7 +379,6 @@ def test_a_model_with_an_idea_of_ones_own_is_not_written_by_code_that_does_not_k
     torch.testing.assert_close(found, expected, atol=2e-5 if how == "float32" else 1.0, rtol=1e-4)
 
 
-@needs_muon
 def test_a_modern_model_with_an_idea_of_ones_own(trained, monkeypatch):
     monkeypatch.setattr(modern_module, "relu_squared", torch.nn.functional.relu)
     assert "another model" in prepare(trained("modern"), "int8")
