@@ -516,7 +516,8 @@ def checked(text, guessed, reader, sampling, generator):
     logits = reader.next_logits(text, last=1 + len(guessed))  # (1, 1 + g, V)
     for i, guess in enumerate(guessed):
         probs = sampling.probs(logits[:, i], text[:, : N + i])  # (1, V)
-        if torch.rand((), generator=generator, device=text.device) >= probs[0, guess]:
+        accepted = torch.rand((), generator=generator, device=text.device) < probs[0, guess]  # not where that is NaN
+        if not accepted:
             probs[0, guess] = 0.0
             return [*written, int(pick(probs, generator))]
         written.append(guess)

@@ -456,6 +456,12 @@ def test_a_draft_of_another_model_whose_tokens_this_one_does_not_have_is_one_lin
         Draft.load(str(tmp_path), 7)
 
 
+def test_a_guess_is_not_accepted_from_probabilities_that_are_none():
+    reader = Reader(Table([float("nan")] * 4, *[[0.25] * 4] * 3), use_cache=False)
+    with pytest.raises(RuntimeError, match="probability tensor"):
+        list(speculate(None, torch.tensor([[0]]), 3, Fixed(lambda t: 1 + t % 3), reader=reader))
+
+
 def test_threads_are_one_or_all_and_those_of_the_caller_come_back(make):
     before = torch.get_num_threads()
     assert best_threads(make("gpt"), 3) in (1, before)
