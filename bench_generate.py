@@ -28,7 +28,6 @@ from generate import (
     generate,
     guess_cost,
     speculate,
-    use_threads,
 )
 from graphs import reader_on
 from lighten import KINDS, has_float16, join_qkv, lighten
@@ -204,8 +203,7 @@ def our_work(system, work, model, prompt, options):
         return list(speculate(model, prompt, NEW_TOKENS, draft, **how))
 
     def beams():
-        with use_threads(threads):
-            beam_search(model, prompt, NEW_TOKENS, 4, reader=reader_on(device, model))
+        beam_search(model, prompt, NEW_TOKENS, 4, reader=reader_on(device, model, threads))
 
     works = dict(
         sample=guessed if draft is not None else writing(model, prompt, NEW_TOKENS, threads),

@@ -15,16 +15,13 @@ even while the kernel before still runs: those are the bytes that cost time. All
 done (`wait`, "programmatic dependent launch" in CUDA).
 """
 
-import functools
-import sys
-
 import torch
 import triton
 import triton.language as tl
 
 from generate import GREEDY
 from model import GPT
-from utils import first_line, version
+from utils import first_line, say_once, version
 
 MAX_BATCH = 4  # texts side by side; with more of them, PyTorch's matrix products are the better ones
 MAX_EMBD = 4096  # channels, up to which a program holds whole rows of all weights in its registers
@@ -251,15 +248,9 @@ def fused_step(model, cache, position, token):
     try:
         step(token)
     except Exception as error:  # Triton needs a C compiler and Python's headers, and raises many kinds of errors
-        say(f"fused.py is not used, and writing is slower: {first_line(error) or repr(error)}")
+        say_once(f"fused.py is not used, and writing is slower: {first_line(error) or repr(error)}")
         return None
     return step
-
-
-@functools.lru_cache(maxsize=None)
-def say(line):
-    """Print a line on stderr, once."""
-    print(line, file=sys.stderr)
 
 
 class FusedStep:

@@ -193,16 +193,20 @@ static void share(int n, int *first, int *end) {
     *end = (int64_t)n * (thread + 1) / threads;
 }
 
+/* Where row `row`'s token is; those before it in its text are before it. */
+static const int64_t *token(const Embedding *e, const Pass *pass, int row) {
+    return pass->tokens + row / pass->T * (e->n - 1 + pass->T) + e->n - 1 + row % pass->T;
+}
+
 static void embed(const Embedding *e, const Pass *pass) {
     int first, end, C = e->C;
     share(pass->B * pass->T, &first, &end);
     for (int row = first; row < end; row++) {
-        int b = row / pass->T, t = row % pass->T;
-        const int64_t *newest = pass->tokens + b * (e->n - 1 + pass->T) + e->n - 1 + t;
+        const int64_t *newest = token(e, pass, row);
         float *x = e->x + (size_t)row * C;
         memcpy(x, e->wte + *newest * C, C * sizeof *x);
         if (e->wpe)
-            for (int i = 0; i < C; i++) x[i] += e->wpe[(size_t)(pass->start + t) * C + i];
+            for (int i = 0; i < C; i++) x[i] += e->wpe[(size_t)(pass->start + row % pass->T) * C + i];
         int64_t number = e->n > 1 ? (*newest + 2) * e->factors[0] : 0; /* of a run of tokens: modern.NGrams.rows */
         for (int back = 1; back < e->n; back++) {
             number += (newest[-back] + 2) * e->factors[back];
@@ -272,8 +276,7 @@ static inline __attribute__((always_inline)) void multiply_all(
 /* A part is a group of outputs, of all rows. */
 static void linear(const Linear *l, const Pass *pass) {
     int K = l->K, rows = pass->B * (l->newest ? pass->last : pass->T), first, end;
-    float *scratch = pass->scratch + omp_get_thread_num() * pass->scratch_size;
-    float *out = scratch; /* of a group: (rows, GROUP) */
+    float *out = pass->scratch + omp_get_thread_num() * pass->scratch_size; /* of a group: (rows, GROUP) */
     const float *u = prepared(l, pass, rows, out + (size_t)rows * GROUP);
     float *y = l->newest ? pass->logits : l->y;
     share((l->N + GROUP - 1) / GROUP, &first, &end);
@@ -366,9 +369,9 @@ int32_t group(void) { return GROUP; }
 
 /* Returns 1, and does nothing, where a token is not in the vocabulary. */
 int32_t run(const Embedding *embedding, const Linear *linears, const Attention *attentions, const Pass *pass) {
-    for (int i = 0; i < pass->B * pass->T; i++) {
-        int64_t token = pass->tokens[i / pass->T * (embedding->n - 1 + pass->T) + embedding->n - 1 + i % pass->T];
-        if (token < 0 || token >= embedding->V) return 1;
+    for (int row = 0; row < pass->B * pass->T; row++) {
+        int64_t id = *token(embedding, pass, row);
+        if (id < 0 || id >= embedding->V) return 1;
     }
 #pragma omp parallel num_threads(pass->threads)
     {

@@ -10,6 +10,7 @@ is none, PyTorch writes as before.
 Here is what fused_cpu.c cannot know: where the numbers lie, and which operations make a model.
 """
 
+import copy
 import ctypes
 import dataclasses
 import functools
@@ -21,18 +22,17 @@ import platform
 import shlex
 import shutil
 import subprocess
-import sys
 import tempfile
 import threading
 
 import torch
 import torch.nn.functional as F
 
-from generate import KVCache
+from generate import ROUNDING, KVCache, difference
 from lighten import HEAVY, join_qkv, lighten, to_int8
 from model import GPT
 from modern import Modern
-from utils import HERE, first_line, same_dice
+from utils import HERE, first_line, same_dice, say_once
 
 SOURCE = os.path.join(HERE, "fused_cpu.c")
 FLAGS = ["-O3", "-fPIC", "-shared", "-lm"]
@@ -43,7 +43,6 @@ TRIED = 128  # tokens of the trials that show whether model and step agree
 
 # As fused_cpu.c numbers them
 FORMATS = {"float32": 0, "bfloat16": 1, "float16": 2, "int8": 3}
-ROUNDING = 0.1  # by what share its logits may differ from those of a model in another format
 GELU, RELU_SQUARED, SOFT_CAP = 1, 2, 3
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -178,8 +177,17 @@ def why_not(model):
     return None
 
 
+def of_shape(tensor, *shape):
+    """The tensor, which may be None. Raises ValueError where fused_cpu.c would read beyond it, or not all of it."""
+    if tensor is not None and tensor.shape != shape:
+        raise ValueError(f"{tuple(tensor.shape)} in place of {shape}")
+    return tensor
+
+
 class FusedStep:
     """step(idx, cache, last) -> logits: what model(idx, cache=cache, last=last)[0] is, by fused_cpu.c.
+
+    It uses as many threads as PyTorch has, and computes the same numbers on any.
 
     model: a GPT, or a Modern after lighten.join_qkv; its weights are copied, in the number format `how`, a key of
     FORMATS. Raises what library() raises, and ValueError where a weight has not the shape that fused_cpu.c counts on.
@@ -192,7 +200,7 @@ class FusedStep:
         self.most = MOST_IF_HEAVY if how == "bfloat16" and model.num_params(embedding=False) >= HEAVY else MOST
         self.held = []  # the tensors that the structures point to
         self.sizes = dict(x=c.n_embd, qkv=3 * c.n_embd, y=c.n_embd, h=4 * c.n_embd, logits=c.vocab_size)
-        self.places = {name: self._hold(torch.empty(self.most, n), self.most, n) for name, n in self.sizes.items()}
+        self.places = {name: self._hold(torch.empty(self.most, n)) for name, n in self.sizes.items()}
         self.embedding, self.turn, steps = self._gpt(model) if isinstance(model, GPT) else self._modern(model)
         if len(steps) != 4 * c.n_layer + 1:
             raise ValueError(f"{len(steps)} products in {c.n_layer} layers")
@@ -200,7 +208,6 @@ class FusedStep:
         self.scratch_size = max(self.most * (self.group + c.n_embd), c.block_size + self.group + c.n_embd)
         self.scratch = torch.empty(0)  # scratch_size for each thread
         self.memory = self.attentions = None  # where a cache's memory is, and the structures that point into it
-        self.threads = None  # on how many it is done, with the same numbers on any; None: as many as PyTorch has
         self.lock = threading.Lock()  # of places and scratch, of which each has one pass at a time
 
     def __deepcopy__(self, memo):
@@ -231,7 +238,7 @@ class FusedStep:
             raise
 
     def _read(self, idx, cache, last):
-        (B, T), layers, threads = idx.shape, cache.layers, self.threads or torch.get_num_threads()
+        (B, T), layers, threads = idx.shape, cache.layers, torch.get_num_threads()
         if self.memory != (cache.memory.tensor.data_ptr(), B):
             self.memory = cache.memory.tensor.data_ptr(), B
             self.attentions = self._attentions(cache.memory.tensor)
@@ -255,72 +262,69 @@ class FusedStep:
                 layer.last = newest[i]
         return logits
 
-    def _hold(self, tensor, *shape):
-        """Where a tensor's numbers lie, from now on; None for None. Raises ValueError where it has another shape."""
+    def _hold(self, tensor):
+        """Where a tensor's numbers lie, from now on; None for None."""
         if tensor is None:
             return None
-        if tensor.shape != shape:
-            raise ValueError(f"{tuple(tensor.shape)} in place of {shape}")
         self.held.append(tensor.detach().contiguous())
         return self.held[-1].data_ptr()
 
     def _linear(self, linear, x, y, **more):
         """A Linear from the place called x to that called y."""
-        N, K, weight, scale = self.sizes[y], self.sizes[x], linear.weight.detach(), None
-        if weight.shape != (N, K):
-            raise ValueError(f"{tuple(weight.shape)} in place of {(N, K)}")
+        N, K = self.sizes[y], self.sizes[x]
+        weight, bias, scale = of_shape(linear.weight, N, K), of_shape(linear.bias, N), None
         if self.how == "int8":
             weight, scale = to_int8(weight)
             scale = scale[:, 0].bfloat16().float()
         else:
             weight = weight.to(getattr(torch, self.how))
-        groups = -(-N // self.group)
-        padding = groups * self.group - N
-        weight = F.pad(weight, (0, 0, 0, padding)).view(groups, self.group, K).transpose(1, 2)
-        scale, bias = (None if t is None else F.pad(t, (0, padding)) for t in (scale, linear.bias))
-        vectors = {name: self._hold(t, N + padding) for name, t in dict(scale=scale, bias=bias).items()}
-        weight = self._hold(weight, groups, K, self.group)
-        places = dict(x=self.places[x], y=self.places[y])
-        return Linear(N=N, K=K, format=FORMATS[self.how], W=weight, **places, **vectors, **more)
+        padding = -N % self.group
+        weight = F.pad(weight, (0, 0, 0, padding)).view(-1, self.group, K).transpose(1, 2)  # (N / group, K, group)
+        scale, bias = (None if t is None else F.pad(t, (0, padding)) for t in (scale, bias))
+        places = {name: self._hold(t) for name, t in dict(W=weight, scale=scale, bias=bias).items()}
+        return Linear(N=N, K=K, format=FORMATS[self.how], x=self.places[x], y=self.places[y], **places, **more)
+
+    def _layer(self, block, bend, first, second):
+        """The Linears of a layer; first and second: the norms before its attention and before its MLP."""
+        return [
+            self._linear(block.attn.c_attn, "x", "qkv", **first),
+            self._linear(block.attn.c_proj, "y", "x", add=1),
+            self._linear(block.mlp.c_fc, "x", "h", bend=bend, **second),
+            self._linear(block.mlp.c_proj, "h", "x", add=1),
+        ]
 
     def _gpt(self, model):
         """What a GPT is made of: its Embedding, tables that turn queries and keys (none), and its Linears in order."""
+        c, parts, C = model.config, model.transformer, model.config.n_embd
+        wte, wpe = of_shape(parts.wte.weight, c.vocab_size, C), of_shape(parts.wpe.weight, c.block_size, C)
+        embedding = Embedding(C, c.vocab_size, n=1, wte=self._hold(wte), wpe=self._hold(wpe), x=self.places["x"])
 
         def norm(module):
-            return dict(norm=1, norm_scale=self._hold(module.weight, C), norm_bias=self._hold(module.bias, C))
+            scale, bias = (self._hold(of_shape(t, C)) for t in (module.weight, module.bias))
+            return dict(norm=1, norm_scale=scale, norm_bias=bias)
 
-        c, parts, C = model.config, model.transformer, model.config.n_embd
-        wte = self._hold(parts.wte.weight, c.vocab_size, C)
-        wpe = self._hold(parts.wpe.weight, c.block_size, C)
         steps = []
         for block in parts.h:
-            steps += [
-                self._linear(block.attn.c_attn, "x", "qkv", **norm(block.ln_1)),
-                self._linear(block.attn.c_proj, "y", "x", add=1),
-                self._linear(block.mlp.c_fc, "x", "h", bend=GELU, **norm(block.ln_2)),
-                self._linear(block.mlp.c_proj, "h", "x", add=1),
-            ]
+            steps += self._layer(block, GELU, norm(block.ln_1), norm(block.ln_2))
         steps.append(self._linear(model.lm_head, "x", "logits", newest=1, **norm(parts.ln_f)))
-        return Embedding(C, c.vocab_size, n=1, wte=wte, wpe=wpe, x=self.places["x"]), {}, steps
+        return embedding, {}, steps
 
     def _modern(self, model):
         """The same of a Modern."""
-        c, C, D, ngrams = model.config, model.config.n_embd, model.config.n_embd // model.config.n_head, model.ngrams
-        wte = self._hold(model.wte.weight, c.vocab_size, C)
+        c, C, ngrams = model.config, model.config.n_embd, model.ngrams
+        wte = self._hold(of_shape(model.wte.weight, c.vocab_size, C))
         embedding = Embedding(C, c.vocab_size, n=c.ngram, wte=wte, x=self.places["x"])
         if ngrams is not None:
-            embedding.rows, embedding.table = c.ngram_rows, self._hold(ngrams.table.weight, c.ngram_rows, C)
-            embedding.factors = self._hold(ngrams.factors, c.ngram)
+            embedding.rows = c.ngram_rows
+            embedding.table = self._hold(of_shape(ngrams.table.weight, c.ngram_rows, C))
+            embedding.factors = self._hold(of_shape(ngrams.factors, c.ngram))
         steps = []
         for i, block in enumerate(model.layers):
-            steps += [
-                self._linear(block.attn.c_attn, "x", "qkv", norm=1, shift=self._hold(block.shift, C), layer=i),
-                self._linear(block.attn.c_proj, "y", "x", add=1),
-                self._linear(block.mlp.c_fc, "x", "h", bend=RELU_SQUARED, norm=1),
-                self._linear(block.mlp.c_proj, "h", "x", add=1),
-            ]
+            shifted = dict(norm=1, shift=self._hold(of_shape(block.shift, C)), layer=i)
+            steps += self._layer(block, RELU_SQUARED, shifted, dict(norm=1))
         steps.append(self._linear(model.lm_head, "x", "logits", bend=SOFT_CAP, newest=1, norm=1))
-        turn = {name: self._hold(getattr(model, name), c.block_size, D) for name in ("cos", "sin")}
+        tables = dict(cos=model.cos, sin=model.sin)
+        turn = {name: self._hold(of_shape(t, c.block_size, C // c.n_head)) for name, t in tables.items()}
         return embedding, turn, steps
 
     def _attentions(self, memory):
@@ -336,12 +340,10 @@ def disagreement(model, step):
     c = model.config
     n = min(4, c.block_size - 1)
     idx = torch.randint(c.vocab_size, (1, min(c.block_size, TRIED)), generator=torch.Generator().manual_seed(0))
-    caches = KVCache(c), KVCache(c)
-    for cache in caches:
-        model(idx[:, :-n], cache=cache)
-    expected = model(idx[:, -n:], cache=caches[0], last=n)[0].float()
-    logits = step(idx[:, -n:], caches[1], n)
-    return float((logits - expected).norm() / (expected - expected.mean()).norm().clamp(min=1e-9))
+    cache = KVCache(c)
+    model(idx[:, :-n], cache=cache)
+    logits = step(idx[:, -n:], copy.deepcopy(cache), n)
+    return difference(logits, model(idx[:, -n:], cache=cache, last=n)[0].float())
 
 
 @torch.inference_mode()
@@ -373,11 +375,30 @@ def stepping(cls):
     return type(cls.__name__, (cls,), {"__call__": call})
 
 
-@functools.lru_cache(maxsize=None)
+OTHER_MODEL = "it computes another model than model.py or modern.py"
+
+
 def say(why):
-    """Print a line on stderr, once, of what one would not expect. Returns why."""
-    print(f"fused_cpu.c is not used, and writing is slower: {why}", file=sys.stderr)
+    """Print a line of what one would not expect, once. Returns why."""
+    say_once(f"fused_cpu.c is not used, and writing is slower: {why}")
     return why
+
+
+def fused_step(model, how):
+    """A FusedStep for a model, and None; or None, and in words why there is none. how: a key of FORMATS."""
+    why = why_not(model)
+    if why is not None:
+        return None, why
+    try:
+        if not knows(type(model), model.config):
+            return None, say(OTHER_MODEL)
+        return FusedStep(join_qkv(model), how), None
+    except CannotCompile as error:
+        return None, say(str(error)) if compiler() else str(error)
+    except OSError as error:
+        return None, say(f"it cannot be loaded: {error}")
+    except Exception as error:  # of a model that has other parts, or parts of other shapes
+        return None, say(f"{OTHER_MODEL} ({first_line(error) or type(error).__name__})")
 
 
 @torch.inference_mode()
@@ -386,25 +407,16 @@ def prepare(model, how):
 
     Returns None, or in words why there is no such step. Raises UserError as lighten does.
     """
-    step, why, other = None, why_not(model), "it computes another model than model.py or modern.py"
-    try:
-        if why is None and knows(type(model), model.config):
-            step = FusedStep(join_qkv(model), "float16" if how == "16 bits" else how)
-        why = why or (None if step else say(other))
-    except CannotCompile as error:
-        why = str(error) if compiler() == [] else say(str(error))
-    except OSError as error:
-        why = say(f"it cannot be loaded: {error}")
-    except Exception as error:  # of a model that has other parts, or parts of other shapes
-        why = say(f"{other} ({first_line(error) or type(error).__name__})")
     # The two formats of "16 bits" are for few and for many tokens.
+    step, why = fused_step(model, "float16" if how == "16 bits" else how)
     lighten(model, "bfloat16" if step is not None and how == "16 bits" else how)
-    differ = 0.0 if step is None else disagreement(model, step)
+    if step is None:
+        return why
+    differ = disagreement(model, step)
     if not math.isfinite(differ):
-        why = "the model computes infinities or NaN"
-    elif differ > ROUNDING:
-        why = say(other)
-    if why is None:
-        model.fused = step
-        model.__class__ = stepping(type(model))
-    return why
+        return "the model computes infinities or NaN"
+    if differ > ROUNDING:
+        return say(OTHER_MODEL)
+    model.fused = step
+    model.__class__ = stepping(type(model))
+    return None

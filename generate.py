@@ -205,7 +205,7 @@ class Reader:
 
     With use_cache=False every call reads the whole window again: slower, plainer, and the same logits.
     pad: None, or (B,) int64, how many of the first tokens of each row are none of its text.
-    threads: on how many CPU threads a few tokens are read; None leaves PyTorch's number (see best_threads).
+    threads: on how many CPU threads a few tokens are read behind others; None leaves PyTorch's number (best_threads).
     """
 
     def __init__(self, model, use_cache=True, pad=None, threads=None):
@@ -231,7 +231,7 @@ class Reader:
             self._begin(self.start)
         read = 0 if self.cache is None else self.cache.length
         new = text[:, self.start + read :]
-        with use_threads(self.threads if new.numel() <= FEW else None):
+        with use_threads(self.threads if read > 0 and new.numel() <= FEW else None):
             logits, _ = self.model(new, cache=self.cache, **({} if last == 1 else dict(last=last)))
         if read == 0 and logits.device.type in ("cuda", "mps"):  # where pick does not look, for the CPU would wait
             check_numbers(logits.amax())
@@ -315,6 +315,14 @@ def guess_cost(model, guesses, threads=None):
     with use_threads(threads):
         one, several = (pass_seconds(model, n) for n in (1, 1 + guesses))
     return max(0.0, several / one - 1) / guesses
+
+
+ROUNDING = 0.1  # by what share logits may differ from a model's own, where they come in another number format
+
+
+def difference(logits, expected):
+    """By what share of their spread logits differ from those that are expected, tensors of one shape; NaN for NaN."""
+    return float((logits - expected).norm() / (expected - expected.mean()).norm().clamp(min=1e-9))
 
 
 def check_numbers(highest):

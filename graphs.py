@@ -17,8 +17,8 @@ from dataclasses import astuple
 
 import torch
 
-from generate import Reader, Sampling, pick
-from utils import UserError, first_line, is_out_of_memory, same_dice, told_when_slow, version
+from generate import ROUNDING, Reader, Sampling, difference, pick
+from utils import UserError, first_line, is_out_of_memory, same_dice, say_once, told_when_slow, version
 
 WARM_UP = 3  # runs of a step before it is recorded, in which PyTorch's libraries set themselves up
 COMPILING = "preparing this GPU for a model of this size, which Triton remembers: some seconds more ..."
@@ -238,7 +238,7 @@ class GraphReader(Reader):
         step = fused.fused_step(self.model, self.cache, self.position, self.token)
         if step is None or self._agrees(step.logits):
             return step
-        fused.say("fused.py is not used, and writing is slower: its kernels compute another model than model.py")
+        say_once("fused.py is not used, and writing is slower: its kernels compute another model than model.py")
         return None
 
     def _agrees(self, logits):
@@ -247,7 +247,7 @@ class GraphReader(Reader):
         self.static.size = self.block_size
         self.static.make_mask()
         expected = self.model(self.token, cache=self.static)[0][:, -1].float()
-        return bool((logits - expected).norm() <= 0.1 * (expected - expected.mean()).norm())
+        return difference(logits, expected) <= ROUNDING
 
     def _draws(self, sampling):
         """Does FusedStep draw the tokens too?"""

@@ -45,7 +45,6 @@ from generate import (
     generate,
     guess_cost,
     speculate,
-    use_threads,
 )
 from graphs import reader_on
 from lighten import join_qkv, usual_format
@@ -248,13 +247,11 @@ class Scribe:
         at_once = options.num_beams if options.num_beams > 1 else 1 + options.guesses if self.draft else 1
         # Not with a seed: another number of threads rounds otherwise, but in fused_cpu.c, and with or without guesses
         # other numbers are drawn, which could end in another text.
-        few, fused = device.type == "cpu" and options.num_samples == 1 and at_once <= FEW, getattr(model, "fused", None)
+        few, fused = device.type == "cpu" and options.num_samples == 1 and at_once <= FEW, hasattr(model, "fused")
         measure = few and options.seed is None
-        if few and fused is not None:
-            fused.threads = best_threads(model, at_once)
-        self.threads = best_threads(model, at_once) if measure and fused is None else None
+        self.threads = best_threads(model, at_once) if measure or (few and fused) else None
         self.reader = reader_on(device, model, self.threads)
-        cost = SEEDED_COST if unfused else FUSED_SEEDED_COST
+        cost = FUSED_SEEDED_COST if fused else SEEDED_COST
         if self.draft and measure:
             cost = guess_cost(model, options.guesses, self.threads)
         self.counts, self.written, self.seconds = Speculation(cost), 0, 0.0
@@ -401,9 +398,8 @@ def search(scribe, idx):
         return options.stop in tokenizer.decode(ids)
 
     how = dict(length_penalty=options.length_penalty, repetition_penalty=options.repetition_penalty)
-    how.update(is_end=is_end if options.stop else None, reader=reader_on(idx.device, scribe.model))
-    with use_threads(scribe.threads):
-        found = beam_search(scribe.model, idx, options.max_new_tokens, options.num_beams, **how)
+    how.update(is_end=is_end if options.stop else None, reader=reader_on(idx.device, scribe.model, scribe.threads))
+    found = beam_search(scribe.model, idx, options.max_new_tokens, options.num_beams, **how)
     scribe.written, scribe.seconds = len(found[0].tokens), time.perf_counter() - start
     texts = [whole_characters(tokenizer, tokenizer.decode(hypothesis.tokens)) for hypothesis in found]
     return list(dict.fromkeys(text.split(options.stop)[0] if options.stop else text for text in texts))

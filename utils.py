@@ -487,6 +487,12 @@ def seconds_in_words(seconds):
 OUT_OF_MEMORY = ("out of memory", "ALLOC_FAILED", "can't allocate memory", "not enough memory")
 
 
+@functools.lru_cache(maxsize=None)
+def say_once(line):
+    """Print a line on stderr, the first time."""
+    print(line, file=sys.stderr)
+
+
 def first_line(error):
     """What an error says, of many lines the first; "" where it says nothing."""
     return (str(error).strip().splitlines() or [""])[0]

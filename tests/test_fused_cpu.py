@@ -16,6 +16,7 @@ from test_modern import make_modern
 import fused_cpu
 import model as model_module
 import modern as modern_module
+import utils
 from fused_cpu import FusedStep, prepare
 from generate import KVCache, beam_search, generate
 from lighten import join_qkv, linears, to_int8
@@ -157,10 +158,6 @@ def test_beams_are_those_of_the_model(trained, arch):
     assert [h.score for h in found] == pytest.approx([h.score for h in expected], abs=1e-4)
 
 
-def small_heads(settings):
-    return settings.get("n_head", WIDE["n_head"])
-
-
 def test_what_does_not_fit_the_model_reads_itself(trained):
     model, c = trained("gpt"), WIDE
     assert prepare(model, "float32") is None
@@ -175,8 +172,9 @@ def test_what_does_not_fit_the_model_reads_itself(trained):
     assert not step.fits(idx[:1], cache), "as many rows as were read"
     assert not step.fits(idx.int(), cache) and not step.fits(idx[:, :0], cache)
     for other in (dict(block_size=30), dict(n_layer=3), dict(n_head=1)):
-        small = KVCache(GPTConfig(**{**c, **other}))
-        small.memory.make(torch.empty(2, small_heads(other), 0, 48 // small_heads(other)))
+        config = GPTConfig(**{**c, **other})
+        small = KVCache(config)
+        small.memory.make(torch.empty(2, config.n_head, 0, config.n_embd // config.n_head))
         for layer in small.layers:
             layer.length = 3
         assert not step.fits(idx, small)
@@ -235,11 +233,11 @@ def test_ctrl_c_leaves_the_cache_as_it_was(trained, arch, monkeypatch):
 def test_several_threads_may_use_one_model(trained):
     model, idx = trained("gpt"), tokens(4, 30, vocab_size=65)
     prepare(model, "float32")
-    expected = [[int(t) for t in generate(model, idx[i : i + 1, :5], 30, temperature=0)] for i in range(4)]
 
     def write(i):
         return [int(t) for t in generate(model, idx[i : i + 1, :5], 30, temperature=0)]
 
+    expected = [write(i) for i in range(4)]
     with ThreadPoolExecutor(4) as pool:
         for _ in range(5):
             assert list(pool.map(write, range(4))) == expected
@@ -287,7 +285,7 @@ def test_what_is_no_number_stays_none(trained, arch):
     payload = torch.tensor(0x7FC00001, dtype=torch.int32).view(torch.float32).item()  # a NaN whose last bit is set
     for name, value in (("c_fc", payload), ("c_fc", float("nan")), ("c_proj", float("inf")), ("c_attn", float("nan"))):
         model = join_qkv(trained(arch))
-        step, cache = FusedStep(model, "float32"), KVCache(model.config)
+        cache = KVCache(model.config)
         model(tokens(1, 3, vocab_size=65), cache=cache)
         blocks = model.transformer.h if arch == "gpt" else model.layers
         part = blocks[0].mlp if name == "c_fc" else blocks[0].attn
@@ -365,7 +363,7 @@ IDEAS = {
 def test_a_model_with_an_idea_of_ones_own_is_not_written_by_code_that_does_not_know_it(
     trained, monkeypatch, capsys, idea, how
 ):
-    fused_cpu.say.cache_clear()
+    utils.say_once.cache_clear()
     monkeypatch.setattr(*IDEAS[idea])
     model, idx = trained("gpt", block_size=100), tokens(1, 6, vocab_size=65)
     expected = model(idx)[0]
