@@ -12,15 +12,9 @@ R = B * T rows: T tokens of each of B texts, row b * T + t. All numbers are floa
 or 8 bits and become float32 on their way to the registers. An output is the same whatever other rows there are: its
 products are added up in one order.
 
-GCC's and Clang's vectors do the arithmetic (a `vec` is LANES numbers, `a * b` multiplies them all); without OpenMP
-there is one thread. */
+Without OpenMP there is one thread. */
 
-#include <math.h>
-#include <stdint.h>
-#include <string.h>
-#ifdef __F16C__
-#include <immintrin.h>
-#endif
+#include "vectors.h"
 #ifdef _OPENMP
 #include <omp.h>
 #else
@@ -29,19 +23,14 @@ static int omp_get_num_threads(void) { return 1; }
 #endif
 
 #if defined(__AVX512F__)
-enum { LANES = 16, ROWS = 6 }; /* ROWS: at most so many at once, whose sums fit into the registers */
-#elif defined(__AVX2__) && defined(__F16C__)
-enum { LANES = 8, ROWS = 2 };
+enum { ROWS = 6 }; /* at most so many at once, whose sums fit into the registers */
 #else
-enum { LANES = 4, ROWS = 2 };
+enum { ROWS = 2 };
 #endif
 enum { GROUP = 2 * LANES }; /* outputs whose weights lie side by side */
 enum { FLOAT32, BFLOAT16, FLOAT16, INT8 };
 enum { PLAIN, GELU, RELU_SQUARED, SOFT_CAP };
 
-typedef float vec __attribute__((vector_size(4 * LANES)));
-typedef int32_t ints __attribute__((vector_size(4 * LANES)));
-typedef uint16_t halves __attribute__((vector_size(2 * LANES)));
 #if !defined(__F16C__)
 typedef _Float16 float16s __attribute__((vector_size(2 * LANES)));
 #endif
@@ -93,28 +82,10 @@ typedef struct {
 /* ---------------------------------------------------------------------------------------------------------------------
    Vectors */
 
-static inline vec load(const float *p) {
-    vec v;
-    memcpy(&v, p, sizeof v); /* one instruction: the address need not be a multiple of anything */
-    return v;
-}
-
-static inline void store(float *p, vec v) { memcpy(p, &v, sizeof v); }
-
-static inline float sum(vec v) {
-    float total = 0;
-    for (int i = 0; i < LANES; i++) total += v[i];
-    return total;
-}
-
 /* LANES weights from the i-th on, as float32. */
 static inline __attribute__((always_inline)) vec weights(const void *W, size_t i, const int format) {
     if (format == FLOAT32) return load((const float *)W + i);
-    if (format == BFLOAT16) { /* the upper half of a float32 */
-        halves h;
-        memcpy(&h, (const uint16_t *)W + i, sizeof h);
-        return (vec)(__builtin_convertvector(h, ints) << 16);
-    }
+    if (format == BFLOAT16) return from_bfloat16((const uint16_t *)W + i);
     if (format == FLOAT16) {
         const void *h = (const uint16_t *)W + i;
 #if defined(__AVX512F__)
@@ -135,34 +106,10 @@ static inline __attribute__((always_inline)) vec weights(const void *W, size_t i
     return __builtin_convertvector(__builtin_convertvector(b, ints), vec);
 }
 
-static inline vec all(float x) { return x - (vec){0}; }
-
-/* The numbers of a where the condition is true, of b elsewhere. */
-static inline vec where(ints condition, vec a, vec b) { return (vec)((condition & (ints)a) | (~condition & (ints)b)); }
-
-/* e^x, to 1e-7 of itself: 2^n times a polynomial (Moshier's, of Cephes) for what is left, at most half of ln 2.
-   NaN stays NaN. */
-static inline vec exponential(vec of) {
-    vec x = where(of < -87.0f, all(-87.0f), of);
-    x = where(x > 88.0f, all(88.0f), x);
-    const vec magic = all(12582912.0f); /* 1.5 * 2^23: adding it rounds to a whole number */
-    vec n = x * 1.44269504f + magic;
-    ints shift = ((ints)n - (ints)magic) << 23;
-    n -= magic;
-    vec r = x - n * 0.693359375f + n * 2.12194440e-4f;
-    vec p = r * 1.9875691e-4f + 1.3981999e-3f;
-    p = p * r + 8.3334519e-3f;
-    p = p * r + 4.1665795e-2f;
-    p = p * r + 1.6666666e-1f;
-    p = p * r + 0.5f;
-    p = p * r * r + r + 1.0f;
-    return where(of == of, (vec)((ints)p + shift), of);
-}
-
 static inline vec bent(vec x, int bend) {
     switch (bend) {
-    case GELU: /* 0.5 x (1 + tanh(z)) = x / (1 + e^(-2z)) */
-        return x / (1.0f + exponential(-1.5957691216f * (x + 0.044715f * x * x * x)));
+    case GELU:
+        return x * gelu_gate(x);
     case RELU_SQUARED:
         return where(x < 0.0f, all(0), x * x);
     case SOFT_CAP: /* 15 tanh(x / 15) */

@@ -14,15 +14,8 @@ import copy
 import ctypes
 import dataclasses
 import functools
-import glob
-import hashlib
 import math
 import os
-import platform
-import shlex
-import shutil
-import subprocess
-import tempfile
 import threading
 
 import torch
@@ -32,10 +25,9 @@ from generate import ROUNDING, KVCache, difference
 from lighten import HEAVY, join_qkv, lighten, to_int8
 from model import GPT
 from modern import Modern
-from utils import HERE, first_line, same_dice, say_once
+from native import CannotCompile, compiler, fields, library, of_shape
+from utils import first_line, same_dice, say_once
 
-SOURCE = os.path.join(HERE, "fused_cpu.c")
-FLAGS = ["-O3", "-fPIC", "-shared", "-lm"]
 MOST = 64  # rows, B texts * T tokens, that are read at once
 MOST_IF_HEAVY = 8  # the same of a large model in bfloat16, of which oneDNN multiplies more rows faster
 MOST_WEIGHTS = 500_000_000  # of a larger model the weights are not laid out twice, for the memory that would take
@@ -47,12 +39,6 @@ GELU, RELU_SQUARED, SOFT_CAP = 1, 2, 3
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The structures of fused_cpu.c, field by field
-
-
-def fields(**names):
-    """int, long, place: names of fields of that type, in one string."""
-    types = dict(int=ctypes.c_int32, long=ctypes.c_int64, place=ctypes.c_void_p)
-    return [(name, types[kind]) for kind, several in names.items() for name in several.split()]
 
 
 class Linear(ctypes.Structure):
@@ -77,85 +63,6 @@ class Pass(ctypes.Structure):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Compiling
-
-
-class CannotCompile(Exception):
-    """Why fused_cpu.c cannot be compiled here, in words."""
-
-
-def compiler():
-    """A C compiler, as the beginning of a command; [] where there is none."""
-    for command in (shlex.split(os.environ.get("CC", "")), ["cc"], ["gcc"], ["clang"]):
-        if command and shutil.which(command[0]):
-            return command
-    return []
-
-
-def processor():
-    """What this CPU can do, in words: what was compiled on one may not run on another."""
-    try:
-        with open("/proc/cpuinfo") as f:
-            return next((line for line in f if line.startswith(("flags", "Features"))), platform.machine())
-    except OSError:
-        return platform.processor() or platform.machine()
-
-
-def loaded(path):
-    """The functions of fused_cpu.c, from a shared library. Raises OSError."""
-    functions = ctypes.CDLL(path)
-    functions.run.argtypes = [ctypes.c_void_p] * 4
-    return functions
-
-
-def digest(*what):
-    return hashlib.sha256(repr(what).encode()).hexdigest()[:16]
-
-
-def digest_of(path):
-    with open(path, "rb") as f:
-        return digest(f.read())
-
-
-@functools.lru_cache(maxsize=None)
-def library():
-    """fused_cpu.c, compiled for this CPU. Raises CannotCompile, or OSError."""
-    cc = compiler()
-    flags = [*FLAGS, "-march=native"] if platform.machine() in ("x86_64", "AMD64") else FLAGS
-    directory = os.path.join(HERE, "__pycache__")
-    name = os.path.join(directory, f"fused_cpu-{digest(digest_of(SOURCE), cc, flags, processor())}-")
-    for kept in glob.glob(f"{glob.escape(name)}*.so"):  # named by what it was made of and by its own content
-        if kept == f"{name}{digest_of(kept)}.so":
-            return loaded(kept)
-    if not cc:
-        raise CannotCompile("there is no C compiler")
-    try:
-        os.makedirs(directory, exist_ok=True)
-        place = tempfile.TemporaryDirectory(dir=directory)
-    except OSError:  # not ours to write to: then it is compiled each time
-        directory, place = None, tempfile.TemporaryDirectory()
-    with place as temporary:
-        made = os.path.join(temporary, "made.so")
-        compile_to(made, [*cc, SOURCE, "-o", made, *flags])
-        if directory is None:
-            return loaded(made)
-        kept = f"{name}{digest_of(made)}.so"
-        os.replace(made, kept)  # whole at once: another process may be doing the same
-    return loaded(kept)
-
-
-def compile_to(path, command):
-    """Run a compiler's command. Raises CannotCompile where it leaves nothing at path."""
-    for each in ([*command, "-fopenmp"], command):  # Apple's Clang has no OpenMP
-        done = subprocess.run(each, capture_output=True, text=True, errors="replace")
-        if done.returncode == 0 and os.path.exists(path):
-            return
-    lines = done.stderr.strip().splitlines()
-    line = next((line for line in lines if "error" in line), lines[0] if lines else f"{command[0]} failed")
-    raise CannotCompile(f"it cannot be compiled: {line}")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # The step
 
 
@@ -177,25 +84,19 @@ def why_not(model):
     return None
 
 
-def of_shape(tensor, *shape):
-    """The tensor, which may be None. Raises ValueError where fused_cpu.c would read beyond it, or not all of it."""
-    if tensor is not None and tensor.shape != shape:
-        raise ValueError(f"{tuple(tensor.shape)} in place of {shape}")
-    return tensor
-
-
 class FusedStep:
     """step(idx, cache, last) -> logits: what model(idx, cache=cache, last=last)[0] is, by fused_cpu.c.
 
     It uses as many threads as PyTorch has, and computes the same numbers on any.
 
     model: a GPT, or a Modern after lighten.join_qkv; its weights are copied, in the number format `how`, a key of
-    FORMATS. Raises what library() raises, and ValueError where a weight has not the shape that fused_cpu.c counts on.
+    FORMATS. Raises what native.library raises, and ValueError where a weight has not the shape that fused_cpu.c counts on.
     """
 
     def __init__(self, model, how):
         c = model.config
-        self.functions, self.how, self.config = library(), how, c
+        self.functions, self.how, self.config = library("fused_cpu.c"), how, c
+        self.functions.run.argtypes = [ctypes.c_void_p] * 4
         self.group = self.functions.group()
         self.most = MOST_IF_HEAVY if how == "bfloat16" and model.num_params(embedding=False) >= HEAVY else MOST
         self.held = []  # the tensors that the structures point to

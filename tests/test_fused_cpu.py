@@ -16,6 +16,7 @@ from test_modern import make_modern
 import fused_cpu
 import model as model_module
 import modern as modern_module
+import native
 import utils
 from fused_cpu import FusedStep, prepare
 from generate import KVCache, beam_search, generate
@@ -23,7 +24,7 @@ from lighten import join_qkv, linears, to_int8
 from model import MLP, CausalSelfAttention, GPTConfig, LayerNorm
 
 pytestmark = [
-    pytest.mark.skipif(fused_cpu.compiler() == [], reason="there is no C compiler"),
+    pytest.mark.skipif(native.compiler() == [], reason="there is no C compiler"),
     pytest.mark.skipif(os.name == "nt", reason="not made for Windows"),
 ]
 WIDE = dict(n_embd=48, n_head=3, n_layer=2, vocab_size=65, block_size=40)
@@ -45,10 +46,10 @@ def trained(make_model):
 
 @pytest.fixture(params=VECTORS, ids=lambda flags: " ".join(flags) or "native")
 def any_vectors(request, monkeypatch):
-    monkeypatch.setattr(fused_cpu, "FLAGS", [*fused_cpu.FLAGS, *request.param])
-    fused_cpu.library.cache_clear()
+    monkeypatch.setattr(native, "FLAGS", [*native.FLAGS, *request.param])
+    native.library.cache_clear()
     yield
-    fused_cpu.library.cache_clear()
+    native.library.cache_clear()
 
 
 def rounded(model, how):
@@ -297,7 +298,7 @@ def test_what_is_no_number_stays_none(trained, arch):
 
 
 def test_numbers_too_small_for_others_stay_as_they_are_when_it_is_loaded():
-    fused_cpu.library()
+    native.library("fused_cpu.c")
     assert torch.tensor(1e-40) * 1 != 0 and float("1e-310") * 1 != 0
 
 
@@ -420,22 +421,22 @@ def test_a_very_large_model_is_not_laid_out_twice(trained, monkeypatch):
 @pytest.fixture
 def anew(monkeypatch, tmp_path):
     """As where fused_cpu.c was never compiled: a directory of its own."""
-    monkeypatch.setattr(fused_cpu, "HERE", str(tmp_path))
-    fused_cpu.library.cache_clear()
+    monkeypatch.setattr(native, "KEPT", str(tmp_path / "__pycache__"))
+    native.library.cache_clear()
     yield tmp_path
-    fused_cpu.library.cache_clear()
+    native.library.cache_clear()
 
 
 def test_it_is_compiled_once(anew, trained, monkeypatch):
     assert prepare(trained("gpt"), "float32") is None
     [kept] = (anew / "__pycache__").iterdir()
-    fused_cpu.library.cache_clear()
+    native.library.cache_clear()
     asked = []
-    compile_to = fused_cpu.compile_to
-    monkeypatch.setattr(fused_cpu, "compile_to", lambda *how: asked.append(how) or compile_to(*how))
+    compile_to = native.compile_to
+    monkeypatch.setattr(native, "compile_to", lambda *how: asked.append(how) or compile_to(*how))
     assert prepare(trained("gpt"), "float32") is None and asked == []
-    monkeypatch.setattr(fused_cpu, "processor", lambda: "another CPU")  # on which it could be an illegal instruction
-    fused_cpu.library.cache_clear()
+    monkeypatch.setattr(native, "processor", lambda: "another CPU")  # on which it could be an illegal instruction
+    native.library.cache_clear()
     assert prepare(trained("gpt"), "float32") is None and len(asked) == 1
     assert kept in (anew / "__pycache__").iterdir()
 
@@ -447,7 +448,7 @@ def test_what_was_kept_and_is_damaged_is_compiled_anew(anew, trained, left):
     whole = kept.read_bytes()
     kept.unlink()  # not in place: it is loaded
     kept.write_bytes(whole[:left])
-    fused_cpu.library.cache_clear()
+    native.library.cache_clear()
     assert prepare(trained("gpt"), "float32") is None
     assert kept.stat().st_size == len(whole)
 
@@ -465,6 +466,7 @@ def test_where_a_file_is_in_the_way_it_is_compiled_each_time(anew, trained):
 
 
 def test_without_a_compiler_pytorch_writes(anew, trained, monkeypatch):
+    monkeypatch.setattr(native, "compiler", lambda: [])
     monkeypatch.setattr(fused_cpu, "compiler", lambda: [])
     model = trained("gpt")
     assert prepare(model, "float32") == "there is no C compiler"
@@ -473,11 +475,11 @@ def test_without_a_compiler_pytorch_writes(anew, trained, monkeypatch):
 
 def test_a_compiler_may_have_arguments_and_where_there_is_none_of_that_name_another_is_taken(monkeypatch):
     monkeypatch.setenv("CC", "cc -O1")
-    assert fused_cpu.compiler() == ["cc", "-O1"]
+    assert native.compiler() == ["cc", "-O1"]
     monkeypatch.setenv("CC", "no-such-compiler")
-    assert fused_cpu.compiler() in (["cc"], ["gcc"], ["clang"])
+    assert native.compiler() in (["cc"], ["gcc"], ["clang"])
     monkeypatch.setenv("PATH", "")
-    assert fused_cpu.compiler() == []
+    assert native.compiler() == []
 
 
 @pytest.mark.parametrize("name", ["true", "false"])
@@ -487,8 +489,9 @@ def test_a_compiler_that_makes_nothing_is_named(anew, trained, monkeypatch, name
 
 
 def test_a_compiler_that_fails_is_named_with_what_it_says(anew, trained, monkeypatch):
-    (anew / "wrong.c").write_text("this is no C")
-    monkeypatch.setattr(fused_cpu, "SOURCE", str(anew / "wrong.c"))
+    (anew / "fused_cpu.c").write_text("this is no C")
+    (anew / "vectors.h").write_text("")
+    monkeypatch.setattr(native, "HERE", str(anew))
     why = prepare(trained("gpt"), "float32")
     assert why.startswith("it cannot be compiled: ") and "error" in why
     assert list((anew / "__pycache__").iterdir()) == []
@@ -496,7 +499,7 @@ def test_a_compiler_that_fails_is_named_with_what_it_says(anew, trained, monkeyp
 
 def test_where_there_is_no_openmp_one_thread_does_it(anew, trained, monkeypatch):
     compiler = anew / "cc"
-    ours = " ".join(fused_cpu.compiler())
+    ours = " ".join(native.compiler())
     compiler.write_text(f'#!/bin/sh\ncase "$*" in *-fopenmp*) exit 1;; esac\nexec {ours} "$@"\n')
     compiler.chmod(0o755)
     monkeypatch.setenv("CC", str(compiler))
