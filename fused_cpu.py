@@ -90,7 +90,8 @@ class FusedStep:
     It uses as many threads as PyTorch has, and computes the same numbers on any.
 
     model: a GPT, or a Modern after lighten.join_qkv; its weights are copied, in the number format `how`, a key of
-    FORMATS. Raises what native.library raises, and ValueError where a weight has not the shape that fused_cpu.c counts on.
+    FORMATS. Raises what native.library raises, and ValueError where a weight has not the shape that fused_cpu.c counts
+    on.
     """
 
     def __init__(self, model, how):

@@ -66,7 +66,7 @@ typedef struct {
     int32_t B, T, C, H;
     int32_t modern;           /* modern.Block, not model.Block */
     int32_t threshold;        /* of 256: how many numbers dropout sets to zero */
-    int64_t seed;             /* of the dropout */
+    int64_t seeds[3];         /* of the dropout, see WEIGHTS */
     Linear attn, attn_proj, fc, fc_proj;
     Norm norm_1, norm_2;
     const float *shift;       /* (C,): how much of the position before flows in; or NULL */
@@ -157,18 +157,21 @@ static void columns_times(
    are 0. */
 static void lanes_are_rows(const num *x, size_t ld, int R, int filled, int K, unit *panels, size_t panel) {
     for (int first = 0; first < filled; first += LANES, panels += panel)
-        for (int lane = 0; lane < LANES; lane++)
-            for (int k = 0; k < K / PAIR; k++) {
-                unit u = 0;
-                if (first + lane < R) memcpy(&u, x + (first + lane) * ld + k * PAIR, sizeof u);
-                panels[k * LANES + lane] = u;
-            }
+        for (int k = 0; k < K / PAIR; k++) {
+            unit u[LANES] = {0};
+            int lanes = R - first < LANES ? R - first : LANES;
+            if (lanes == LANES)
+                for (int lane = 0; lane < LANES; lane++) memcpy(u + lane, x + (first + lane) * ld + k * PAIR, sizeof *u);
+            else
+                for (int lane = 0; lane < lanes; lane++) memcpy(u + lane, x + (first + lane) * ld + k * PAIR, sizeof *u);
+            memcpy(panels + k * LANES, u, sizeof u);
+        }
 }
 
 /* Lay x (R, N) out in panels whose lanes are its columns, for products that sum over its rows. */
 static void lanes_are_columns(const num *x, size_t ld, int R, int filled, int N, unit *panels, size_t panel) {
-    for (int r = 0; r < filled; r += PAIR)
-        for (int n = 0; n < N; n += LANES) {
+    for (int n = 0; n < N; n += LANES)
+        for (int r = 0; r < filled; r += PAIR) {
             ints u = {0};
 #ifdef BFLOAT16
             halves a = {0}, b = {0};
@@ -208,37 +211,34 @@ static void weight_gradient(const Linear *l, const unit *d_y, const unit *x, int
 /* ---------------------------------------------------------------------------------------------------------------------
    What is done with each position */
 
-/* 64 random bits, the same for the same seed and number (Steele et al. 2014, SplitMix). */
-static uint64_t random_bits(uint64_t seed, uint64_t number) {
-    uint64_t z = seed + (number + 1) * 0x9E3779B97F4A7C15u;
-    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9u;
-    z = (z ^ (z >> 27)) * 0x94D049BB133111EBu;
-    return z ^ (z >> 31);
+static inline ints lane_numbers(void) {
+    ints i;
+    for (int j = 0; j < LANES; j++) i[j] = j;
+    return i;
 }
 
 enum { WEIGHTS, FIRST_SUM, SECOND_SUM }; /* where there is dropout: in attention, and before each addition to x */
 
-/* With what dropout multiplies LANES numbers from the i-th on: 0, or what keeps their mean. A byte decides for each. */
-static inline vec survivors(const Layer *l, int where_, uint64_t i) {
-    uint8_t bytes[16];
-    for (int j = 0; j < (LANES + 7) / 8; j++) {
-        uint64_t bits = random_bits(l->seed + where_ * 0x632BE59BD9B4E019, i / 8 + j);
-        memcpy(bytes + 8 * j, &bits, sizeof bits);
-    }
-    typedef uint8_t few __attribute__((vector_size(LANES)));
-    few own;
-    memcpy(&own, bytes + i % 8, sizeof own);
-    ints kept = __builtin_convertvector(own, ints) >= l->threshold;
+/* With what dropout multiplies LANES numbers from the i-th on: 0, or what keeps their mean. Each is decided by a number
+   that is made of i and the seed alone (Wellons 2018, "Prospecting for hash functions", lowbias32), so that backward()
+   decides as forward() did; as in model.dropout by 8 of its bits. */
+static inline vec survivors(const Layer *l, int place, uint64_t i) {
+    typedef uint32_t bits __attribute__((vector_size(4 * LANES)));
+    bits x = (bits)lane_numbers() + (uint32_t)(i + l->seeds[place]);
+    x = (x ^ x >> 16) * 0x7feb352du;
+    x = (x ^ x >> 15) + (uint32_t)(l->seeds[place] >> 32) + (uint32_t)(i >> 32);
+    x = (x ^ x >> 16) * 0x846ca68bu;
+    ints kept = (ints)(x >> 24) >= l->threshold;
     return where(kept, all(256.0f / (256 - l->threshold)), all(0));
 }
 
-static inline vec dropped(const Layer *l, int where_, uint64_t i, vec v) {
-    return l->threshold ? v * survivors(l, where_, i) : v;
+static inline vec dropped(const Layer *l, int place, uint64_t i, vec v) {
+    return l->threshold ? v * survivors(l, place, i) : v;
 }
 
 /* What dropout multiplies the first n numbers with, for layers_cpu.py's trial. */
-void masks(const Layer *l, int where_, int64_t n, float *out) {
-    for (int64_t i = 0; i < n; i += LANES) store(out + i, survivors(l, where_, i));
+void masks(const Layer *l, int place, int64_t n, float *out) {
+    for (int64_t i = 0; i < n; i += LANES) store(out + i, survivors(l, place, i));
 }
 
 /* In attention numbers are counted in rows of so many. */
@@ -349,12 +349,6 @@ static Room make_room(const Layer *l, char **place) {
     r.w = take(place, STRIP * T * sizeof(num));
     r.s = take(place, STRIP * T * sizeof(num));
     return r;
-}
-
-static ints lane_numbers(void) {
-    ints i;
-    for (int j = 0; j < LANES; j++) i[j] = j;
-    return i;
 }
 
 static inline vec larger(vec a, vec b) { return where(a > b, a, b); }
@@ -528,11 +522,11 @@ void sizes(const Layer *l, int64_t *kept, int64_t *scratch) {
 }
 
 /* x + dropout(product + bias), in place of product. */
-static void add_sum(const Layer *l, const Linear *linear, int where_, size_t row, const float *x, float *product) {
+static void add_sum(const Layer *l, const Linear *linear, int place, size_t row, const float *x, float *product) {
     for (int i = 0; i < l->C; i += LANES) {
         vec v = load(product + i);
         if (linear->bias) v += load(linear->bias + i);
-        store(product + i, load(x + i) + dropped(l, where_, row * l->C + i, v));
+        store(product + i, load(x + i) + dropped(l, place, row * l->C + i, v));
     }
 }
 
@@ -595,13 +589,13 @@ void forward(const Layer *l) {
 /* Of a strip of the gradient of a sum (m, C): the part that went through dropout -> d (m, C), its panels, and the
    gradient of the bias. */
 static void dropped_backward(
-    const Layer *l, const Linear *linear, int where_, int first, int m, const num *d_sum, num *d, unit *panels,
+    const Layer *l, const Linear *linear, int place, int first, int m, const num *d_sum, num *d, unit *panels,
     size_t panel) {
     int C = l->C;
     for (int i = 0; i < m; i++)
         for (int c = 0; c < C; c += LANES) {
-            size_t place = (size_t)(first + i) * C + c;
-            vec v = dropped(l, where_, place, from(d_sum + place));
+            size_t at = (size_t)(first + i) * C + c;
+            vec v = dropped(l, place, at, from(d_sum + at));
             if (linear->bias) store(linear->d_bias + c, load(linear->d_bias + c) + v);
             to(d + i * C + c, v);
         }

@@ -14,26 +14,27 @@ an idea of one's own is noticed (`knows`), and computed by PyTorch.
 """
 
 import contextlib
+import copy
 import ctypes
-import dataclasses
 import functools
+import itertools
 import os
 import platform
+import sys
 import threading
-from unittest import mock
 
 import torch
 
 import model as model_module
 import modern
-from model import GPT, dice
-from modern import Modern
+from model import GPT, GPTConfig, dice
+from modern import Modern, ModernConfig
 from native import CannotCompile, compiler, fields, library, of_shape
 from utils import first_line, same_dice, say_once
 
 TRIED = dict(n_layer=2, n_head=2, n_embd=64, vocab_size=31, block_size=44, dropout=0.5)  # the model of `knows`
-SITES = dict(weights=0, first_sum=1, second_sum=2)  # where there is dropout, as layers_cpu.c numbers it
-MATRICES = "attn attn_proj fc fc_proj"
+MOST_SUMS = 500_000_000  # numbers, for the gradients of all threads: 2 GB
+OTHER_MODEL = "it computes other layers than those of model.py or modern.py"
 
 
 class Linear(ctypes.Structure):
@@ -46,8 +47,9 @@ class Norm(ctypes.Structure):
 
 class Layer(ctypes.Structure):
     _fields_ = [
-        *fields(int="B T C H modern threshold", long="seed"),
-        *[(name, Linear) for name in MATRICES.split()],
+        *fields(int="B T C H modern threshold"),
+        ("seeds", 3 * ctypes.c_int64),
+        *[(name, Linear) for name in ("attn", "attn_proj", "fc", "fc_proj")],
         *[(name, Norm) for name in ("norm_1", "norm_2")],
         *fields(place="shift d_shift cos sin x d_out out d_x kept scratch"),
     ]
@@ -67,7 +69,7 @@ def functions_for(dtype):
     return functions
 
 
-def suits(dtype):
+def unsuited(dtype):
     """In words, why PyTorch's products are better here than those of layers_cpu.c; None where they are not."""
     if os.name == "nt":
         return "it was never tried on Windows"
@@ -120,21 +122,15 @@ class Part:
         self.tables = {} if tables is None else {name: t.float().contiguous() for name, t in tables.items()}
         self.sizes = dict(C=C, H=attn.n_head, modern=self.modern)
         [self.dropout] = {attn.dropout, attn.resid_dropout.p, mlp.dropout.p}
-        self.weights = dict(block.named_parameters())
-        if sum(len(linears) for linears in self.linears.values()) != sum(p.dim() > 1 for p in self.weights.values()):
-            raise ValueError("a layer has other matrices")
-        self.vectors = {name: torch.empty(p.shape) for name, p in self.weights.items() if p.dim() == 1}  # in float32
+        vectors = [p for p in block.parameters() if p.dim() == 1]
+        self.weights = [linear.weight for linears in self.linears.values() for linear in linears] + vectors
+        if set(self.weights) != set(block.parameters()):
+            raise ValueError("a layer has other weights")
+        self.vectors = {p: torch.empty(p.shape) for p in vectors}  # in float32
         self.panels = {
             name: (torch.empty(N * K, dtype=dtype), torch.empty(N * K, dtype=dtype))  # forward, backward
             for name, (N, K) in self.shapes.items()
         }
-
-    def in_order(self):
-        """[(name, weight)], those of one matrix (`linears`) behind each other."""
-        order = [linear.weight for linears in self.linears.values() for linear in linears]
-        vectors = [p for p in self.weights.values() if p.dim() == 1]
-        names = {id(p): name for name, p in self.weights.items()}
-        return [(names[id(p)], p) for p in order + vectors]
 
     def lay_out(self):
         """Take over the block's weights as they are now."""
@@ -144,21 +140,20 @@ class Part:
             for i, linear in enumerate(linears):
                 rows = N // len(linears)
                 self.functions.lay_out(place(linear.weight), rows, N, K, i * rows, forward, backward)
-        for name, vector in self.vectors.items():
-            vector.copy_(self.weights[name].detach())
+        for p, vector in self.vectors.items():
+            vector.copy_(p)
 
     def structure(self, gradients):
-        """The Layer that adds to these gradients: {name of a weight: float32 tensor}."""
-        names = {id(p): name for name, p in self.weights.items()}
+        """The Layer that adds to these gradients: {weight: float32 tensor}."""
 
         def places(p):  # of a vector and its gradient
-            return (None, None) if p is None else (place(self.vectors[names[id(p)]]), place(gradients[names[id(p)]]))
+            return (None, None) if p is None else (place(self.vectors[p]), place(gradients[p]))
 
         layer = Layer(**self.sizes, **{name: place(table) for name, table in self.tables.items()})
         for name, linears in self.linears.items():
             N, K = self.shapes[name]
             bias, d_bias = places(linears[0].bias)
-            d_weight = place(gradients[names[id(linears[0].weight)]])
+            d_weight = place(gradients[linears[0].weight])
             setattr(layer, name, Linear(N, K, *map(place, self.panels[name]), bias, d_weight, d_bias))
         for name, norm in self.norms.items():
             (weight, d_weight), (bias, d_bias) = places(norm.weight), places(norm.bias)
@@ -173,22 +168,22 @@ class Sums:
 
     def __init__(self, parts):
         self.parts, self.functions = parts, parts[0].functions
-        shapes = [(i, name, p.shape) for i, part in enumerate(parts) for name, p in part.in_order()]
-        self.flat = torch.zeros(sum(shape.numel() for _, _, shape in shapes))
-        self.gradients = [{} for _ in parts]
-        for (i, name, shape), piece in zip(shapes, self.flat.split([shape.numel() for _, _, shape in shapes])):
-            self.gradients[i][name] = piece.view(shape)
-        self.layers = [part.structure(gradients) for part, gradients in zip(parts, self.gradients)]
+        weights = [p for part in parts for p in part.weights]
+        numbers = [p.numel() for p in weights]
+        self.flat = torch.zeros(sum(numbers))
+        self.gradients = {p: piece.view(p.shape) for p, piece in zip(weights, self.flat.split(numbers))}
+        self.layers = [part.structure(self.gradients) for part in parts]
         self.scratch = torch.empty(0, dtype=torch.uint8)
         self.spare = []  # memory for what is kept for the backward pass, not in use
         self.needed = {}  # (B, T) -> (bytes to keep, bytes of scratch)
 
-    def layer(self, i, x, kept, seed):
+    def layer(self, i, x, kept, seeds):
         """The i-th Layer, for x (B, T, C)."""
         layer, dropout = self.layers[i], self.parts[i].dropout
         layer.B, layer.T = x.shape[:2]
         layer.threshold = min(max(round(256 * dropout), 1), 255) if dropout else 0  # as in model.dropout
-        layer.seed, layer.x, layer.kept, layer.scratch = seed, place(x), place(kept), place(self.scratch)
+        layer.seeds[:] = seeds
+        layer.x, layer.kept, layer.scratch = place(x), place(kept), place(self.scratch)
         return layer
 
     def room(self, i, x):
@@ -196,7 +191,9 @@ class Sums:
         shape = tuple(x.shape[:2])
         if shape not in self.needed:
             kept, scratch = ctypes.c_int64(), ctypes.c_int64()
-            self.functions.sizes(ctypes.byref(self.layer(i, x, None, 0)), ctypes.byref(kept), ctypes.byref(scratch))
+            self.functions.sizes(
+                ctypes.byref(self.layer(i, x, None, NO_SEEDS)), ctypes.byref(kept), ctypes.byref(scratch)
+            )
             self.needed[shape] = kept.value, scratch.value
         kept, scratch = self.needed[shape]
         if len(self.scratch) < scratch:
@@ -209,27 +206,30 @@ class Sums:
 
     def forward(self, i, x):
         """(what the i-th block makes of x (B, T, C), what backward needs)."""
-        seed = draw_seed() if self.parts[i].dropout else 0
+        seeds = draw_seeds() if self.parts[i].dropout else NO_SEEDS
         out, kept = torch.empty_like(x), self.room(i, x)
-        layer = self.layer(i, x, kept, seed)
+        layer = self.layer(i, x, kept, seeds)
         layer.out = place(out)
         self.functions.forward(ctypes.byref(layer))
-        return out, (kept, seed)
+        return out, (kept, seeds)
 
     def backward(self, i, x, d_out, of_forward):
         """The gradient of x; those of the weights are added to the sums."""
-        kept, seed = of_forward
+        kept, seeds = of_forward
         d_x, d_out = torch.empty_like(x), d_out.contiguous()
-        layer = self.layer(i, x, kept, seed)
+        layer = self.layer(i, x, kept, seeds)
         layer.d_out, layer.d_x = place(d_out), place(d_x)
         self.functions.backward(ctypes.byref(layer))
         self.spare.append(kept)
         return d_x
 
 
-def draw_seed():
-    """A number from the thread's own random numbers, or from PyTorch's."""
-    return int(torch.randint(2**62, (), generator=getattr(dice, "generator", None)))
+NO_SEEDS = [0, 0, 0]
+
+
+def draw_seeds():
+    """Three numbers from the thread's own random numbers, or from PyTorch's: of a layer's three dropouts."""
+    return torch.randint(2**62, (3,), generator=getattr(dice, "generator", None)).tolist()
 
 
 class Computed(torch.autograd.Function):
@@ -265,7 +265,7 @@ def computed(cls):
         sums = getattr(here, "sums", None)
         if sums is None:
             return cls.forward(self, x, *others, **named)
-        return Computed.apply(x.contiguous(), sums, self.number, *sums.parts[self.number].weights.values())
+        return Computed.apply(x.contiguous(), sums, self.number, *sums.parts[self.number].weights)
 
     return type(cls.__name__, (cls,), {"forward": forward})
 
@@ -282,9 +282,10 @@ class Layers:
         tables = dict(cos=model.cos, sin=model.sin) if isinstance(model, Modern) else None
         functions = functions_for(dtype)
         self.parts = [Part(block, functions, tables) for block in blocks(worker)]
+        self.functions = functions
+        self.lay_out()
         for number, block in enumerate(blocks(worker)):
             block.number, block.__class__ = number, computed(type(block))
-        self.lay_out()
 
     @torch.no_grad()
     def lay_out(self):
@@ -296,18 +297,138 @@ class Layers:
         """New Sums, all 0."""
         return Sums(self.parts)
 
-    @staticmethod
-    @contextlib.contextmanager
-    def adding_up(sums):
-        """In this thread, until the end: blocks are computed by layers_cpu.c, their weights' gradients added to sums."""
-        here.sums = sums
-        try:
-            yield
-        finally:
-            here.sums = None
+
+@contextlib.contextmanager
+def adding_up(sums):
+    """In this thread, until the end: blocks are computed by layers_cpu.c, their weights' gradients added to sums."""
+    here.sums = sums
+    try:
+        yield
+    finally:
+        here.sums = None
 
 
 def blocks(model):
     return model.transformer.h if isinstance(model, GPT) else model.layers
 
 
+def same_weights(model):
+    """A copy of a model that has its parameters and buffers, not copies of them."""
+    return copy.deepcopy(model, {id(t): t for t in [*model.parameters(), *model.buffers()]})
+
+
+def known_dropout(layers, C, seeds):
+    """What stands in for model.dropout in a trial: it drops what layers_cpu.c drops with these seeds, layer by layer.
+
+    The first call, of the embeddings, drops nothing; each layer has three.
+    """
+    calls = itertools.count()
+    layer = Layer(C=C, threshold=128)
+
+    def dropout(x, p):
+        call = next(calls)
+        if call == 0:
+            return x
+        number, place_ = divmod(call - 1, 3)
+        layer.seeds[:] = seeds[number]
+        width = x.shape[-1]
+        counted = -(-width // 16) * 16 if place_ == 0 else width  # layers_cpu.c's mask_width
+        mask = torch.empty(x.numel() // width * counted)
+        layers.functions.masks(ctypes.byref(layer), place_, mask.numel(), place(mask))
+        return x * mask.view(*x.shape[:-1], counted)[..., :width]
+
+    return dropout
+
+
+@functools.lru_cache(maxsize=None)
+def knows(cls, bias, with_bfloat16):
+    """Does layers_cpu.c compute what a class of models does, and its gradients? Not, where its code was changed.
+
+    Shown by a small model of random weights. What an idea changes in large ones alone is not seen.
+    """
+    shape = dict(TRIED, bias=bias) if cls is GPT else dict(TRIED, ngram_rows=61)
+    with same_dice(torch.device("cpu")), torch.enable_grad():
+        torch.manual_seed(0)
+        kept = model_module.dropout(torch.ones(4096), 0.5)
+        if not set(kept.tolist()) <= {0.0, 2.0} or abs(kept.mean() - 1) > 0.2:
+            return False
+        model = cls((GPTConfig if cls is GPT else ModernConfig)(**shape)).train()
+        with torch.no_grad():
+            for p in model.parameters():
+                p.add_(0.2 * torch.randn_like(p))
+        idx, targets = torch.randint(model.config.vocab_size, (2, 2, model.config.block_size))
+        seeds = torch.randint(2**62, (model.config.n_layer, 3)).tolist()
+
+    def gradients(worker, dropout, sums=None):
+        each = iter(seeds)
+        ours = replaced(sys.modules[__name__], draw_seeds=lambda: next(each))
+        with replaced(model_module, dropout=dropout), ours, adding_up(sums):
+            _, loss = worker(idx, targets)
+            found = torch.autograd.grad(loss, list(worker.parameters()), allow_unused=True)
+        summed = {} if sums is None else sums.gradients
+        return [
+            loss.detach().float(),
+            *(summed[p] if g is None else g.float() for g, p in zip(found, worker.parameters())),
+        ]
+
+    expected = None
+    for dtype, rounding in [(torch.float32, 1e-4), (torch.bfloat16, 0.1)][: 2 if with_bfloat16 else 1]:
+        worker = copy.deepcopy(model).to(dtype)
+        layers = Layers(worker, model)
+        if expected is None:
+            expected = gradients(model, known_dropout(layers, model.config.n_embd, seeds))
+        found = gradients(worker, lambda x, p: x, layers.sums())
+        if any(not (a - b).norm() <= rounding * b.norm() for a, b in zip(found, expected)):
+            return False
+    return True
+
+
+@contextlib.contextmanager
+def replaced(module, **names):
+    """Until the end, other things under these names of a module."""
+    before = {name: getattr(module, name) for name in names}
+    vars(module).update(names)
+    try:
+        yield
+    finally:
+        vars(module).update(before)
+
+
+def why_not(model, dtype):
+    """In words, why a model's layers are not computed by layers_cpu.c in this dtype; None where they can be."""
+    c = model.config
+    if type(model) not in (GPT, Modern):
+        return f"it is made for model.GPT and modern.Modern, not for {type(model).__name__}"
+    if c.n_embd // c.n_head % 16:
+        return f"it needs heads of a multiple of 16 channels, and these have {c.n_embd // c.n_head}"
+    if torch.get_num_threads() * model.num_params() > MOST_SUMS:
+        return f"the sums of each thread's gradients would be more than {MOST_SUMS:,} numbers"
+    return unsuited(dtype)
+
+
+def say(why):
+    say_once(f"layers_cpu.c is not used, and training is slower: {why}")
+
+
+def in_c(worker, model):
+    """(the model that computes, its Layers): worker, or where that is the model itself a copy with the same weights.
+
+    (worker, None) where layers_cpu.c is not for such a model, or such a machine. worker: the model in the number format
+    of its products.
+    """
+    dtype = next(worker.parameters()).dtype
+    if why_not(model, dtype) is not None:
+        return worker, None
+    try:
+        if knows(type(model), getattr(model.config, "bias", False), dtype == torch.bfloat16):
+            made = same_weights(model) if worker is model else worker
+            return made, Layers(made, model)
+        say(OTHER_MODEL)
+    except CannotCompile as error:
+        if compiler():
+            say(error)
+    except OSError as error:
+        say(f"it cannot be loaded: {error}")
+    except Exception as error:  # of a model that has other parts, or parts of other shapes
+        say(f"{OTHER_MODEL} ({first_line(error) or type(error).__name__})")
+    return worker, None

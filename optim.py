@@ -10,6 +10,7 @@ import torch
 
 from distributed import ALONE
 from graphs import RecordedStep, can_be_recorded
+from layers_cpu import adding_up, in_c
 from model import dice
 from sharding import by_whole_matrices, is_sharded, own, read_tensors, spread, whole
 from utils import UserError, autocast, first_problem, has_bfloat16, version
@@ -226,6 +227,9 @@ class Learner:
         self.sharded = is_sharded(model)
         self.copied = has_copy(device, dtype, processes.world, self.sharded)
         self.worker = copy.deepcopy(model).to(dtype) if self.copied else model
+        self.layers, self.sums = None, []  # where the worker's layers are computed in C, and each thread's sums there
+        if device.type == "cpu" and not self.sharded and (self.copied or processes.world == 1):
+            self.worker, self.layers = in_c(self.worker, model)
         self.copies = list(self.worker.parameters())
         self.averaging = None  # the DistributedDataParallel, where there is one
         if processes.world > 1 and not self.copied and not self.sharded:
@@ -286,22 +290,67 @@ class Learner:
         # A weight that had no part in this loss, such as that of an expert who was not asked, has a gradient of zeros.
         return loss.detach(), [torch.zeros_like(p) if g is None else g for p, g in zip(self.copies, gradients)]
 
+    def gradients_in_c(self, parts, seeds, sums):
+        """The loss of several parts and their gradients, as `gradients`, but in float32 and added up.
+
+        Those of the layers are in `sums`, and good until it is used again.
+        """
+        others = [p for p in self.copies if p not in sums.gradients]
+        total, added = 0.0, None
+        sums.flat.zero_()
+        with adding_up(sums):
+            for (x, y, share), seed in zip(parts, seeds):
+                dice.generator = torch.Generator().manual_seed(seed)
+                loss = self.loss(x, y) * share
+                found = torch.autograd.grad(loss, others, allow_unused=True)
+                found = [torch.zeros_like(p) if g is None else g for p, g in zip(others, found)]
+                total = total + loss.detach()
+                if added is None:
+                    added = copied_to([torch.empty_like(p, dtype=torch.float32) for p in others], found)
+                else:
+                    torch._foreach_add_(added, found)
+        found = {**sums.gradients, **dict(zip(others, added))}
+        return total, [found[p] for p in self.copies]
+
     def parts(self, x, y):
         """The parts in which windows x, y go through the model: a list of (x, y, share of the windows)."""
         rows = self.rows_at_once(x.size(1))
         return [(a, b, len(a) / len(x)) for a, b in zip(x.split(rows), y.split(rows))]
 
     def part_gradients(self, x, y):
-        """Yields the loss and gradients of each part of windows x, y, in order; they add up to those of all windows."""
+        """Yields the loss and gradients of each part of windows x, y, in order; they add up to those of all windows.
+
+        Where the layers are computed in C, of several parts at once: those that one thread computes, always the same.
+        """
         parts = self.parts(x, y)
         threads = self.side_by_side(len(parts))
+        run = map if threads == 1 else self.pool(threads).map
+        if self.computes_in_c(len(parts)):
+            self.layers.lay_out()
+            while len(self.sums) < threads:
+                self.sums.append(self.layers.sums())
+            for weight in self.weights:
+                if weight.grad is not None:  # it may lie in sums, which are about to be used again
+                    weight.grad = weight.grad.clone()
+            seeds = torch.randint(2**62, (len(parts),)).tolist()
+            shares = [(parts[i::threads], seeds[i::threads], self.sums[i]) for i in range(threads)]
+            return run(lambda share: self.gradients_in_c(*share), shares)
         if threads == 1:
             return (self.gradients(*part) for part in parts)
+        seeds = torch.randint(2**62, (len(parts),)).tolist()
+        return run(lambda part, seed: self.gradients(*part, seed), parts, seeds)
+
+    def pool(self, threads):
+        """So many threads, which share the cores."""
         if threads not in self.pools:
             cores = max(1, torch.get_num_threads() // threads)
             self.pools[threads] = ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(cores,))
-        seeds = torch.randint(2**62, (len(parts),)).tolist()
-        return self.pools[threads].map(lambda part, seed: self.gradients(*part, seed), parts, seeds)
+        return self.pools[threads]
+
+    def computes_in_c(self, parts):
+        """Are the layers of a step of so many parts computed in C? Not where most cores would have no part."""
+        as_it_is = self.layers is not None and self.compute is self.worker and not self.worker.gradient_checkpointing
+        return as_it_is and 2 * parts >= torch.get_num_threads()
 
     def step(self, x, y, lr_share):
         """Update the weights once from x, y (batch_size * gradient_accumulation_steps, T), or this process's share.
@@ -377,7 +426,7 @@ class Learner:
         if self.weights[0].grad is not None:
             torch._foreach_add_([weight.grad for weight in self.weights], list(gradients))
             return
-        if self.copied:
+        if gradients[0].dtype != self.weights[0].dtype:
             gradients = copied_to([torch.empty_like(weight) for weight in self.weights], gradients)
         for weight, gradient in zip(self.weights, gradients):
             weight.grad = gradient
