@@ -33,6 +33,9 @@ static inline vec all(float x) { return x - (vec){0}; }
 static inline vec where(ints condition, vec a, vec b) { return (vec)((condition & (ints)a) | (~condition & (ints)b)); }
 
 static inline float sum(vec v) {
+#if defined(__AVX512F__)
+    return _mm512_reduce_add_ps((__m512)v);
+#endif
     float total = 0;
     for (int i = 0; i < LANES; i++) total += v[i];
     return total;
