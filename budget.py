@@ -16,6 +16,7 @@ from typing import Optional
 
 import torch
 
+import layers_cpu
 from draft import MOST_TOKENS
 from graphs import WARM_UP
 from model import GPT
@@ -212,6 +213,13 @@ def layer_bytes(config, place):
     return C * channel + scores
 
 
+def in_c(config, place, checkpointing):
+    """Does layers_cpu.c compute the layers, as a Learner has it?"""
+    alone = place.processes == 1 or place.copied
+    on_cpu = place.device.type == "cpu" and alone and not checkpointing
+    return on_cpu and layers_cpu.fits(empty_model(config), place.dtype)
+
+
 def activation_bytes(config, tokens, place, checkpointing):
     """What the forward pass of so many tokens keeps for the backward pass, but for the logits, in bytes."""
     C, L, modern = config.n_embd, config.n_layer, isinstance(config, ModernConfig)
@@ -219,6 +227,8 @@ def activation_bytes(config, tokens, place, checkpointing):
     ends += 8 * (config.ngram - 1) if modern else 0  # which row of the table each run of tokens has
     if checkpointing:  # the stream between the layers, and all of the one layer that is being computed again
         return tokens * (L * place.stream * C + layer_bytes(config, place) + ends)
+    if in_c(config, place, checkpointing):
+        return sum(layers_cpu.kept_bytes(config, tokens, place.dtype)) + tokens * ends
     one_matrix = 3 * C * C * place.item if modern else 0  # queries', keys' and values' matrices put together
     return tokens * (L * layer_bytes(config, place) + ends) + L * one_matrix
 
@@ -311,6 +321,11 @@ def memory(model, options, place, data):
     if data is not None:
         batch = options.batch_size * options.gradient_accumulation_steps * options.block_size
         always.append(("text and batch", data.nbytes + 3 * 8 * batch, f"{len(data.train) + len(data.val):,} tokens"))
+    if in_c(config, place, options.gradient_checkpointing):
+        layers = model.layers if isinstance(model, Modern) else model.transformer.h
+        in_layers = sum(p.numel() for p in layers.parameters())
+        always.append(("weights laid out", 2 * item * in_layers, "of the layers, for layers_cpu.c"))
+        always.append(("gradients of each part", at_once * 4 * in_layers, f"{at_once} x float32, of the layers"))
     tokens, times = rows * config.block_size, f"{at_once} x " if at_once > 1 else ""
     kept = activation_bytes(config, tokens, place, options.gradient_checkpointing)
     step = [

@@ -33,6 +33,7 @@ from native import CannotCompile, compiler, fields, library, of_shape
 from utils import first_line, same_dice, say_once
 
 TRIED = dict(n_layer=2, n_head=2, n_embd=64, vocab_size=31, block_size=44, dropout=0.5)  # the model of `knows`
+STRIP = 32  # as in layers_cpu.c
 MOST_SUMS = 500_000_000  # numbers, for the gradients of all threads: 2 GB
 OTHER_MODEL = "it computes other layers than those of model.py or modern.py"
 
@@ -404,6 +405,23 @@ def why_not(model, dtype):
     if torch.get_num_threads() * model.num_params() > MOST_SUMS:
         return f"the sums of each thread's gradients would be more than {MOST_SUMS:,} numbers"
     return unsuited(dtype)
+
+
+def fits(model, dtype):
+    """Will layers_cpu.c compute the layers of such a model, if they are as it knows them? An empty model will do."""
+    return why_not(model, dtype) is None and bool(compiler())
+
+
+def kept_bytes(config, tokens, dtype):
+    """(bytes that it keeps of so many tokens for the backward pass, bytes in which it computes), of a config's model.
+
+    As `sizes` in layers_cpu.c, but for some rounding up.
+    """
+    C, T, item = config.n_embd, min(config.block_size, tokens), dtype.itemsize
+    kept = tokens * (9 * C * item + 3 * 4 * config.n_head)
+    scratch = tokens * 15 * C * item + 2 * T * T * item + STRIP * (2 * (4 + item) * T + 4 * (4 + item) * C)
+    out = tokens * C * item  # what a layer makes, which the next one reads
+    return config.n_layer * (kept + out), scratch
 
 
 def say(why):

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 
 import budget
 import graphs
+import layers_cpu
 import model as model_module
 import modern as modern_module
 import optim
@@ -130,6 +131,12 @@ def planned(config, place, rows, checkpointing=False):
     return budget.activation_bytes(config, tokens, place, checkpointing) + logits + 2 * 8 * tokens
 
 
+@pytest.fixture
+def by_pytorch(monkeypatch):
+    """As where layers are not computed in C."""
+    monkeypatch.setattr(layers_cpu, "fits", lambda model, dtype: False)
+
+
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("arch", ARCHS)
@@ -138,7 +145,7 @@ def planned(config, place, rows, checkpointing=False):
     [{}, dict(n_layer=5), dict(block_size=64, n_embd=128, n_head=8), dict(block_size=1040, n_layer=1)],
     ids=str,
 )
-def test_what_a_cpu_keeps_for_the_backward_pass_is_what_is_planned(arch, dtype, dropout, more):
+def test_what_a_cpu_keeps_for_the_backward_pass_is_what_is_planned(by_pytorch, arch, dtype, dropout, more):
     config = make_config(arch, dropout=dropout, **more)
     model = make_model(config).to(dtype).train()
     for rows in (1, 4):
@@ -206,13 +213,27 @@ def most_allocated(work):
 
 @pytest.mark.parametrize("vocab_size", [97, 4000])
 @pytest.mark.parametrize("arch", ARCHS)
-def test_a_part_of_a_step_takes_at_most_what_is_planned(arch, vocab_size):
+def test_a_part_of_a_step_takes_at_most_what_is_planned(by_pytorch, arch, vocab_size):
     config = make_config(arch, dropout=0.1, vocab_size=vocab_size, **(dict(ahead=4) if arch == "modern" else {}))
     model = make_model(config).train()
     x = torch.zeros(8, config.block_size, dtype=torch.int64)
     tokens = x.numel()
     expected = budget.activation_bytes(config, tokens, make_place(), False) + budget.logit_bytes(config, tokens)
     found = most_allocated(lambda: torch.autograd.grad(model(x, x)[1], list(model.parameters())))
+    assert found == pytest.approx(expected, rel=0.12)
+
+
+@pytest.mark.skipif(layers_cpu.unsuited(torch.float32) is not None or not layers_cpu.compiler(), reason="not in C here")
+@pytest.mark.parametrize("arch", ARCHS)
+def test_what_a_part_takes_whose_layers_are_computed_in_c_is_planned(arch):
+    config = make_config(arch, dropout=0.1, **(dict(ahead=4) if arch == "modern" else {}))
+    learner = Learner(make_model(config).train(), make_options(arch=arch), CPU, torch.float32)
+    x = torch.zeros(8, config.block_size, dtype=torch.int64)
+    assert budget.in_c(config, make_place(), checkpointing=False)
+    sums = learner.layers.sums()
+    expected = budget.activation_bytes(config, x.numel(), make_place(), False) + budget.logit_bytes(config, x.numel())
+    expected += sum(4 * p.numel() for p in learner.weights if p not in sums.gradients)  # the other gradients
+    found = most_allocated(lambda: learner.gradients_in_c([(x, x, 1.0)], [1], sums))
     assert found == pytest.approx(expected, rel=0.12)
 
 
