@@ -217,7 +217,7 @@ def in_c(config, place, checkpointing):
     """Does layers_cpu.c compute the layers, as a Learner has it?"""
     alone = place.processes == 1 or place.copied
     on_cpu = place.device.type == "cpu" and alone and not checkpointing
-    return on_cpu and layers_cpu.fits(empty_model(config), place.dtype)
+    return on_cpu and layers_cpu.fits(config, place.dtype)
 
 
 def activation_bytes(config, tokens, place, checkpointing):

@@ -4,10 +4,11 @@ PyTorch takes some 120 operations for a layer. Each must be looked up, allocated
 what it writes is read by the next from further away than the cache nearest to the core. layers_cpu.c computes the same
 in half to two thirds of the time, each core its own windows.
 
-    layers = Layers.of(worker, model)     # None where it does not fit: then PyTorch computes as before
+    worker, layers = in_c(worker, model)  # layers is None where that does not fit: then PyTorch computes as before
     layers.lay_out()                      # after each change of the worker's weights
-    with layers.adding_up(sums):          # in a thread: the blocks called here are computed by layers_cpu.c,
-        loss.backward()                   # and the gradients of their weights added to sums.gradients, float32
+    sums = layers.sums()                  # of a thread
+    with adding_up(sums):                 # in that thread: blocks that are called now are computed by layers_cpu.c,
+        worker(x, y)[1].backward()        # and the gradients of their weights added to sums.gradients, in float32
 
 Everything else of the model stays PyTorch's: embeddings, the last norm, logits and loss. A model.py or modern.py with
 an idea of one's own is noticed (`knows`), and computed by PyTorch.
@@ -19,7 +20,6 @@ import ctypes
 import functools
 import itertools
 import os
-import platform
 import sys
 import threading
 
@@ -71,19 +71,22 @@ def functions_for(dtype):
 
 
 def unsuited(dtype):
-    """In words, why PyTorch's products are better here than those of layers_cpu.c; None where they are not."""
+    """In words, why PyTorch is as fast here as layers_cpu.c, or not known to be slower; None where it is slower.
+
+    An Apple CPU, and Intel's with AMX, have a unit for products of matrices, which PyTorch uses and layers_cpu.c does
+    not; with fewer and shorter vectors than AVX-512's, PyTorch's products are the faster ones (docs/speed.md).
+    """
     if os.name == "nt":
         return "it was never tried on Windows"
-    if platform.machine() not in ("x86_64", "AMD64"):
-        return "it is made for x86 CPUs"  # an Apple CPU has a unit for matrices, which PyTorch uses
-    if dtype == torch.bfloat16:
-        try:
-            with open("/proc/cpuinfo") as f:
-                flags = f.read()
-        except OSError:
-            return "it is not known what this CPU can do"
-        if "avx512_bf16" not in flags or "amx_bf16" in flags:
-            return "it is made for bfloat16 CPUs with AVX-512 and without AMX, which has a unit for matrices"
+    try:
+        with open("/proc/cpuinfo") as f:
+            can = set(f.read().split())
+    except OSError:
+        can = set()
+    if "avx512f" not in can:
+        return "it is made for CPUs with AVX-512"
+    if dtype == torch.bfloat16 and ("avx512_bf16" not in can or "amx_bf16" in can):
+        return "it is made for CPUs that have bfloat16 in AVX-512 and no AMX"
     return None
 
 
@@ -99,8 +102,8 @@ def place(tensor):
 class Part:
     """A block of the model that computes: its weights as layers_cpu.c wants them.
 
-    model_block: the same block in float32; it may be the same object. tables: a modern model's cos and sin. Raises
-    ValueError where a weight has not the shape that layers_cpu.c counts on.
+    tables: a modern model's cos and sin, in float32. Raises ValueError where a weight has not the shape that
+    layers_cpu.c counts on, and AttributeError where one is missing.
     """
 
     def __init__(self, block, functions, tables=None):
@@ -341,7 +344,6 @@ def known_dropout(layers, C, seeds):
     return dropout
 
 
-@functools.lru_cache(maxsize=None)
 def knows(cls, bias, with_bfloat16):
     """Does layers_cpu.c compute what a class of models does, and its gradients? Not, where its code was changed.
 
@@ -395,21 +397,19 @@ def replaced(module, **names):
         vars(module).update(before)
 
 
-def why_not(model, dtype):
-    """In words, why a model's layers are not computed by layers_cpu.c in this dtype; None where they can be."""
-    c = model.config
-    if type(model) not in (GPT, Modern):
-        return f"it is made for model.GPT and modern.Modern, not for {type(model).__name__}"
-    if c.n_embd // c.n_head % 16:
-        return f"it needs heads of a multiple of 16 channels, and these have {c.n_embd // c.n_head}"
-    if torch.get_num_threads() * model.num_params() > MOST_SUMS:
+def why_not(config, dtype):
+    """In words, why the layers of a config's model are not computed by layers_cpu.c in this dtype; None where they can
+    be."""
+    if config.n_embd // config.n_head % 16:
+        return f"it needs heads of a multiple of 16 channels, and these have {config.n_embd // config.n_head}"
+    if torch.get_num_threads() * 12 * config.n_layer * config.n_embd**2 > MOST_SUMS:
         return f"the sums of each thread's gradients would be more than {MOST_SUMS:,} numbers"
     return unsuited(dtype)
 
 
-def fits(model, dtype):
-    """Will layers_cpu.c compute the layers of such a model, if they are as it knows them? An empty model will do."""
-    return why_not(model, dtype) is None and bool(compiler())
+def fits(config, dtype):
+    """Will layers_cpu.c compute the layers of a config's model, if its code is what it knows?"""
+    return why_not(config, dtype) is None and bool(compiler())
 
 
 def kept_bytes(config, tokens, dtype):
@@ -417,7 +417,7 @@ def kept_bytes(config, tokens, dtype):
 
     As `sizes` in layers_cpu.c, but for some rounding up.
     """
-    C, T, item = config.n_embd, min(config.block_size, tokens), dtype.itemsize
+    C, T, item = config.n_embd, min(config.block_size, tokens), torch.empty(0, dtype=dtype).element_size()
     kept = tokens * (9 * C * item + 3 * 4 * config.n_head)
     scratch = tokens * 15 * C * item + 2 * T * T * item + STRIP * (2 * (4 + item) * T + 4 * (4 + item) * C)
     out = tokens * C * item  # what a layer makes, which the next one reads
@@ -435,7 +435,7 @@ def in_c(worker, model):
     of its products.
     """
     dtype = next(worker.parameters()).dtype
-    if why_not(model, dtype) is not None:
+    if type(model) not in (GPT, Modern) or why_not(model.config, dtype) is not None:
         return worker, None
     try:
         if knows(type(model), getattr(model.config, "bias", False), dtype == torch.bfloat16):

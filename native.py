@@ -20,7 +20,7 @@ import tempfile
 from utils import HERE
 
 KEPT = os.path.join(HERE, "__pycache__")
-FLAGS = ["-O3", "-fPIC", "-shared", "-lm"]
+FLAGS = ["-O3", "-fPIC", "-shared", "-fno-strict-aliasing", "-lm"]
 HEADER = "vectors.h"  # which all of it includes
 
 

@@ -134,7 +134,7 @@ def planned(config, place, rows, checkpointing=False):
 @pytest.fixture
 def by_pytorch(monkeypatch):
     """As where layers are not computed in C."""
-    monkeypatch.setattr(layers_cpu, "fits", lambda model, dtype: False)
+    monkeypatch.setattr(layers_cpu, "fits", lambda config, dtype: False)
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
