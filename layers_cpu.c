@@ -219,15 +219,19 @@ static inline ints lane_numbers(void) {
 
 enum { WEIGHTS, FIRST_SUM, SECOND_SUM }; /* where there is dropout: in attention, and before each addition to x */
 
-/* With what dropout multiplies LANES numbers from the i-th on: 0, or what keeps their mean. Each is decided by a number
-   that is made of i and the seed alone (Wellons 2018, "Prospecting for hash functions", lowbias32), so that backward()
-   decides as forward() did; as in model.dropout by 8 of its bits. */
-static inline vec survivors(const Layer *l, int place, uint64_t i) {
-    typedef uint32_t bits __attribute__((vector_size(4 * LANES)));
-    bits x = (bits)lane_numbers() + (uint32_t)(i + l->seeds[place]);
+/* Mix the bits of each number (Wellons 2018, "Prospecting for hash functions", lowbias32). */
+typedef uint32_t bits __attribute__((vector_size(4 * LANES)));
+static inline bits mixed(bits x) {
     x = (x ^ x >> 16) * 0x7feb352du;
-    x = (x ^ x >> 15) + (uint32_t)(l->seeds[place] >> 32) + (uint32_t)(i >> 32);
-    x = (x ^ x >> 16) * 0x846ca68bu;
+    x = (x ^ x >> 15) * 0x846ca68bu;
+    return x ^ x >> 16;
+}
+
+/* With what dropout multiplies LANES numbers from the i-th on: 0, or what keeps their mean. Each is decided by a number
+   that is made of i and the seed alone, so that backward() decides as forward() did; as in model.dropout by 8 bits. */
+static inline vec survivors(const Layer *l, int place, uint64_t i) {
+    bits x = mixed((bits)lane_numbers() + (uint32_t)(i + l->seeds[place]));
+    x = mixed(x + (uint32_t)(l->seeds[place] >> 32) + (uint32_t)(i >> 32));
     ints kept = (ints)(x >> 24) >= l->threshold;
     return where(kept, all(256.0f / (256 - l->threshold)), all(0));
 }

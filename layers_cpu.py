@@ -183,9 +183,9 @@ class Sums:
 
     def layer(self, i, x, kept, seeds):
         """The i-th Layer, for x (B, T, C)."""
-        layer, dropout = self.layers[i], self.parts[i].dropout
+        layer = self.layers[i]
         layer.B, layer.T = x.shape[:2]
-        layer.threshold = min(max(round(256 * dropout), 1), 255) if dropout else 0  # as in model.dropout
+        layer.threshold = threshold(self.parts[i].dropout)
         layer.seeds[:] = seeds
         layer.x, layer.kept, layer.scratch = place(x), place(kept), place(self.scratch)
         return layer
@@ -226,6 +226,11 @@ class Sums:
         self.functions.backward(ctypes.byref(layer))
         self.spare.append(kept)
         return d_x
+
+
+def threshold(p):
+    """Of 256 numbers, how many dropout sets to zero at a rate of p: as in model.dropout."""
+    return min(max(round(256 * p), 1), 255) if p else 0
 
 
 NO_SEEDS = [0, 0, 0]
@@ -321,17 +326,17 @@ def same_weights(model):
     return copy.deepcopy(model, {id(t): t for t in [*model.parameters(), *model.buffers()]})
 
 
-def known_dropout(layers, C, seeds):
-    """What stands in for model.dropout in a trial: it drops what layers_cpu.c drops with these seeds, layer by layer.
+def known_dropout(layers, rate, seeds):
+    """What stands in for model.dropout in a trial: at this rate it drops what layers_cpu.c drops with these seeds.
 
     The first call, of the embeddings, drops nothing; each layer has three.
     """
     calls = itertools.count()
-    layer = Layer(C=C, threshold=128)
+    layer = Layer(threshold=threshold(rate))
 
     def dropout(x, p):
         call = next(calls)
-        if call == 0:
+        if call == 0 or p != rate:
             return x
         number, place_ = divmod(call - 1, 3)
         layer.seeds[:] = seeds[number]
@@ -379,7 +384,7 @@ def knows(cls, bias, with_bfloat16):
         worker = copy.deepcopy(model).to(dtype)
         layers = Layers(worker, model)
         if expected is None:
-            expected = gradients(model, known_dropout(layers, model.config.n_embd, seeds))
+            expected = gradients(model, known_dropout(layers, shape["dropout"], seeds))
         found = gradients(worker, lambda x, p: x, layers.sums())
         if any(not (a - b).norm() <= rounding * b.norm() for a, b in zip(found, expected)):
             return False

@@ -348,9 +348,10 @@ class Learner:
         return self.pools[threads]
 
     def computes_in_c(self, parts):
-        """Are the layers of a step of so many parts computed in C? Not where most cores would have no part."""
+        """Are the layers of a step of so many parts computed in C? Not where most cores would have no part, nor where
+        some weights were frozen, which layers_cpu.c does not know."""
         as_it_is = self.layers is not None and self.compute is self.worker and not self.worker.gradient_checkpointing
-        return as_it_is and 2 * parts >= torch.get_num_threads()
+        return as_it_is and 2 * parts >= torch.get_num_threads() and all(p.requires_grad for p in self.copies)
 
     def step(self, x, y, lr_share):
         """Update the weights once from x, y (batch_size * gradient_accumulation_steps, T), or this process's share.
