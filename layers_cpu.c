@@ -1,8 +1,8 @@
-/* One layer of a GPT while it learns on a CPU: layers_cpu.py says of which model, and checks that it is right.
+/* The layers of a GPT while it learns on a CPU: layers_cpu.py says of which model, and checks that it is right.
 
 PyTorch takes some 120 operations for a layer, forward and backward, and each writes to memory what the next reads
-again. Here a layer is two calls, forward() and backward(), of one thread; other threads have other windows. Between two
-products of matrices all is done with a STRIP of positions at a time, which stay in the cache.
+again. Here all layers are two calls, forward() and backward(), of one thread; other threads have other windows. Between
+two products of matrices all is done with a STRIP of positions at a time, which stay in the cache.
 
 R = B * T rows: T positions of each of B windows. Numbers that are multiplied, and those kept for the way back, are
 `num`: float32, or bfloat16 where compiled with -DBFLOAT16. All else is float32.
@@ -63,19 +63,29 @@ typedef struct { /* LayerNorm; all NULL where nothing is learned */
 } Norm;
 
 typedef struct {
-    int32_t B, T, C, H;
+    int32_t C, H;
     int32_t modern;           /* modern.Block, not model.Block */
-    int32_t threshold;        /* of 256: how many numbers dropout sets to zero */
-    int64_t seeds[3];         /* of the dropout, see WEIGHTS */
     Linear attn, attn_proj, fc, fc_proj;
     Norm norm_1, norm_2;
     const float *shift;       /* (C,): how much of the position before flows in; or NULL */
     float *d_shift;
     const float *cos, *sin;   /* (T, D): queries and keys are normed and turned; or NULL */
-    const num *x, *d_out;     /* (R, C) */
+    /* What prepared() fills in, from the Pass: */
+    int32_t B, T, threshold;
+    const int64_t *seeds;     /* (3,): of the dropout, see WEIGHTS */
+    const num *x;             /* (R, C) */
+    num *out;
+    char *kept;
+} Layer;
+
+typedef struct {
+    int32_t B, T, layers;
+    int32_t threshold;        /* of 256: how many numbers dropout sets to zero */
+    const int64_t *seeds;     /* (layers, 3) */
+    const num *x, *d_out;     /* (R, C): what the first layer reads, and the gradient of what the last one makes */
     num *out, *d_x;           /* (R, C) */
     char *kept, *scratch;     /* as large as sizes() says */
-} Layer;
+} Pass;
 
 /* What backward() needs of forward(), besides x. */
 typedef struct {
@@ -241,8 +251,9 @@ static inline vec dropped(const Layer *l, int place, uint64_t i, vec v) {
 }
 
 /* What dropout multiplies the first n numbers with, for layers_cpu.py's trial. */
-void masks(const Layer *l, int place, int64_t n, float *out) {
-    for (int64_t i = 0; i < n; i += LANES) store(out + i, survivors(l, place, i));
+void masks(const Pass *pass, int place, int64_t n, float *out) {
+    Layer l = {.threshold = pass->threshold, .seeds = pass->seeds};
+    for (int64_t i = 0; i < n; i += LANES) store(out + i, survivors(&l, place, i));
 }
 
 /* In attention numbers are counted in rows of so many. */
@@ -515,16 +526,6 @@ static Scratch make_scratch(const Layer *l, char **place) {
     return s;
 }
 
-/* How many bytes l->kept and l->scratch must have. */
-void sizes(const Layer *l, int64_t *kept, int64_t *scratch) {
-    char *end = NULL;
-    keep(l, &end);
-    *kept = end - (char *)NULL;
-    end = NULL;
-    make_scratch(l, &end);
-    *scratch = end - (char *)NULL;
-}
-
 /* x + dropout(product + bias), in place of product. */
 static void add_sum(const Layer *l, const Linear *linear, int place, size_t row, const float *x, float *product) {
     for (int i = 0; i < l->C; i += LANES) {
@@ -534,11 +535,11 @@ static void add_sum(const Layer *l, const Linear *linear, int place, size_t row,
     }
 }
 
-void forward(const Layer *l) {
+static void layer_forward(const Layer *l, char *scratch) {
     int R = l->B * l->T, C = l->C, D = C / l->H;
     char *place = l->kept;
     Kept kept = keep(l, &place);
-    place = l->scratch;
+    place = scratch;
     Scratch s = make_scratch(l, &place);
     for (int first = 0; first < R; first += STRIP) {
         int m = R - first < STRIP ? R - first : STRIP;
@@ -606,17 +607,18 @@ static void dropped_backward(
     lanes_are_columns(d, C, m, STRIP, C, panels + (size_t)first / PAIR * LANES, panel);
 }
 
-void backward(const Layer *l) {
+/* d_out and d_x may be the same place. */
+static void layer_backward(const Layer *l, const num *d_out, num *d_x, char *scratch) {
     int R = l->B * l->T, C = l->C, filled = round_up(R, STRIP);
     size_t panel = (size_t)filled / PAIR * LANES;
     char *place = l->kept;
     Kept kept = keep(l, &place);
-    place = l->scratch;
+    place = scratch;
     Scratch s = make_scratch(l, &place);
     for (int first = 0; first < R; first += STRIP) {
         int m = R - first < STRIP ? R - first : STRIP;
         size_t at = (size_t)first / PAIR * LANES;
-        dropped_backward(l, &l->fc_proj, SECOND_SUM, first, m, l->d_out, s.strip, s.d_sum, panel);
+        dropped_backward(l, &l->fc_proj, SECOND_SUM, first, m, d_out, s.strip, s.d_sum, panel);
         linear_backward(&l->fc_proj, s.strip, m, s.product);
         num *wide = kept.wide + (size_t)first * 4 * C; /* its gradient takes s.strip, what comes of it its place */
         for (int i = 0; i < m; i++)
@@ -636,7 +638,7 @@ void backward(const Layer *l) {
             float scale = norm_row(&l->norm_2, kept.middle + row * C, s.row, s.h, C);
             norm_row_backward(&l->norm_2, s.row, d, scale, C);
             for (int c = 0; c < C; c += LANES) {
-                to(s.d_middle + row * C + c, load(d + c) + from(l->d_out + row * C + c));
+                to(s.d_middle + row * C + c, load(d + c) + from(d_out + row * C + c));
                 to(s.strip + i * C + c, load(s.h + c));
             }
         }
@@ -679,7 +681,7 @@ void backward(const Layer *l) {
                 }
             norm_row_backward(&l->norm_1, s.row, d, scale, C);
             for (int c = 0; c < C; c += LANES) {
-                to(l->d_x + row * C + c, load(d + c) + from(s.d_middle + row * C + c));
+                to(d_x + row * C + c, load(d + c) + from(s.d_middle + row * C + c));
                 to(s.strip + i * C + c, load(s.h + c));
             }
         }
@@ -687,4 +689,49 @@ void backward(const Layer *l) {
         lanes_are_columns(s.strip, C, m, STRIP, C, s.in + at, panel);
     }
     weight_gradient(&l->attn, s.d_in, s.in, filled);
+}
+
+/* ---------------------------------------------------------------------------------------------------------------------
+   All layers */
+
+/* The i-th layer with what it needs of a pass. What it keeps lies behind what those before it keep, and then its output. */
+static Layer prepared(const Layer *layers, const Pass *pass, int i) {
+    Layer l = layers[i];
+    l.B = pass->B, l.T = pass->T, l.threshold = pass->threshold, l.seeds = pass->seeds + 3 * i;
+    char *end = NULL;
+    keep(&l, &end);
+    size_t kept = end - (char *)NULL;
+    take(&end, (size_t)l.B * l.T * l.C * sizeof(num));
+    size_t each = end - (char *)NULL;
+    l.kept = pass->kept + i * each;
+    l.out = i == pass->layers - 1 ? pass->out : (num *)(l.kept + kept);
+    l.x = i == 0 ? pass->x : (num *)(l.kept - each + kept);
+    return l;
+}
+
+/* How many bytes pass->kept and pass->scratch must have. */
+void sizes(const Layer *layers, const Pass *pass, int64_t *kept, int64_t *scratch) {
+    Layer l = prepared(layers, pass, 0);
+    char *end = NULL;
+    keep(&l, &end);
+    take(&end, (size_t)l.B * l.T * l.C * sizeof(num));
+    *kept = pass->layers * (end - (char *)NULL);
+    end = NULL;
+    make_scratch(&l, &end);
+    *scratch = end - (char *)NULL;
+}
+
+void forward(const Layer *layers, const Pass *pass) {
+    for (int i = 0; i < pass->layers; i++) {
+        Layer l = prepared(layers, pass, i);
+        layer_forward(&l, pass->scratch);
+    }
+}
+
+void backward(const Layer *layers, const Pass *pass) {
+    const num *d = pass->d_out;
+    for (int i = pass->layers - 1; i >= 0; i--, d = pass->d_x) {
+        Layer l = prepared(layers, pass, i);
+        layer_backward(&l, d, pass->d_x, pass->scratch);
+    }
 }

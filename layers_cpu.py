@@ -1,4 +1,4 @@
-"""A layer of a GPT while it learns on a CPU, forward and backward, in two calls of functions in C (layers_cpu.c).
+"""The layers of a GPT while it learns on a CPU, forward and backward, in two calls of functions in C (layers_cpu.c).
 
 PyTorch takes some 120 operations for a layer. Each must be looked up, allocated for and kept for the backward pass, and
 what it writes is read by the next from further away than the cache nearest to the core. layers_cpu.c computes the same
@@ -48,12 +48,16 @@ class Norm(ctypes.Structure):
 
 class Layer(ctypes.Structure):
     _fields_ = [
-        *fields(int="B T C H modern threshold"),
-        ("seeds", 3 * ctypes.c_int64),
+        *fields(int="C H modern"),
         *[(name, Linear) for name in ("attn", "attn_proj", "fc", "fc_proj")],
         *[(name, Norm) for name in ("norm_1", "norm_2")],
-        *fields(place="shift d_shift cos sin x d_out out d_x kept scratch"),
+        *fields(place="shift d_shift cos sin", int="B T threshold"),
+        *fields(place="seeds x out kept"),
     ]
+
+
+class Pass(ctypes.Structure):
+    _fields_ = fields(int="B T layers threshold", place="seeds x d_out out d_x kept scratch")
 
 
 here = threading.local()  # here.sums: the Sums to which this thread adds gradients; None where PyTorch computes
@@ -66,7 +70,8 @@ def functions_for(dtype):
     address, number = ctypes.c_void_p, ctypes.c_int
     functions.lay_out.argtypes = [address, number, number, number, number, address, address]
     functions.masks.argtypes = [address, number, ctypes.c_int64, address]
-    functions.forward.argtypes = functions.backward.argtypes = [address]
+    functions.sizes.argtypes = [address] * 4
+    functions.forward.argtypes = functions.backward.argtypes = [address] * 2
     return functions
 
 
@@ -176,55 +181,49 @@ class Sums:
         numbers = [p.numel() for p in weights]
         self.flat = torch.zeros(sum(numbers))
         self.gradients = {p: piece.view(p.shape) for p, piece in zip(weights, self.flat.split(numbers))}
-        self.layers = [part.structure(self.gradients) for part in parts]
+        self.layers = (Layer * len(parts))(*(part.structure(self.gradients) for part in parts))
+        [self.dropout] = {part.dropout for part in parts}
         self.scratch = torch.empty(0, dtype=torch.uint8)
         self.spare = []  # memory for what is kept for the backward pass, not in use
         self.needed = {}  # (B, T) -> (bytes to keep, bytes of scratch)
 
-    def layer(self, i, x, kept, seeds):
-        """The i-th Layer, for x (B, T, C)."""
-        layer = self.layers[i]
-        layer.B, layer.T = x.shape[:2]
-        layer.threshold = threshold(self.parts[i].dropout)
-        layer.seeds[:] = seeds
-        layer.x, layer.kept, layer.scratch = place(x), place(kept), place(self.scratch)
-        return layer
+    def a_pass(self, x, seeds, kept=None):
+        """A Pass of x (B, T, C)."""
+        B, T = x.shape[:2]
+        places = dict(seeds=place(seeds), x=place(x), kept=place(kept), scratch=place(self.scratch))
+        return Pass(B, T, len(self.layers), threshold(self.dropout), **places)
 
-    def room(self, i, x):
-        """Memory for what the i-th layer keeps of x; makes room in scratch too."""
+    def room(self, x):
+        """Memory for what is kept of x; makes room in scratch too."""
         shape = tuple(x.shape[:2])
         if shape not in self.needed:
             kept, scratch = ctypes.c_int64(), ctypes.c_int64()
-            self.functions.sizes(
-                ctypes.byref(self.layer(i, x, None, NO_SEEDS)), ctypes.byref(kept), ctypes.byref(scratch)
-            )
+            asked = self.a_pass(x, None)
+            self.functions.sizes(self.layers, ctypes.byref(asked), ctypes.byref(kept), ctypes.byref(scratch))
             self.needed[shape] = kept.value, scratch.value
         kept, scratch = self.needed[shape]
         if len(self.scratch) < scratch:
             self.scratch = torch.empty(scratch, dtype=torch.uint8)
-        fitting = next((memory for memory in self.spare if len(memory) >= kept), None)
-        if fitting is None:
-            return torch.empty(kept, dtype=torch.uint8)
-        self.spare = [memory for memory in self.spare if memory is not fitting]
-        return fitting
+        if self.spare and len(self.spare[-1]) >= kept:
+            return self.spare.pop()
+        return torch.empty(kept, dtype=torch.uint8)
 
-    def forward(self, i, x):
-        """(what the i-th block makes of x (B, T, C), what backward needs)."""
-        seeds = draw_seeds() if self.parts[i].dropout else NO_SEEDS
-        out, kept = torch.empty_like(x), self.room(i, x)
-        layer = self.layer(i, x, kept, seeds)
-        layer.out = place(out)
-        self.functions.forward(ctypes.byref(layer))
-        return out, (kept, seeds)
+    def forward(self, x):
+        """(what the blocks make of x (B, T, C), what backward needs)."""
+        seeds, kept = draw_seeds(len(self.layers)) if self.dropout else None, self.room(x)
+        out, now = torch.empty_like(x), self.a_pass(x, seeds, kept)
+        now.out = place(out)
+        self.functions.forward(self.layers, ctypes.byref(now))
+        return out, (seeds, kept)
 
-    def backward(self, i, x, d_out, of_forward):
+    def backward(self, x, d_out, of_forward):
         """The gradient of x; those of the weights are added to the sums."""
-        kept, seeds = of_forward
+        seeds, kept = of_forward
         d_x, d_out = torch.empty_like(x), d_out.contiguous()
-        layer = self.layer(i, x, kept, seeds)
-        layer.d_out, layer.d_x = place(d_out), place(d_x)
-        self.functions.backward(ctypes.byref(layer))
-        self.spare.append(kept)
+        now = self.a_pass(x, seeds, kept)
+        now.d_out, now.d_x = place(d_out), place(d_x)
+        self.functions.backward(self.layers, ctypes.byref(now))
+        self.spare = [kept]
         return d_x
 
 
@@ -233,21 +232,18 @@ def threshold(p):
     return min(max(round(256 * p), 1), 255) if p else 0
 
 
-NO_SEEDS = [0, 0, 0]
-
-
-def draw_seeds():
-    """Three numbers from the thread's own random numbers, or from PyTorch's: of a layer's three dropouts."""
-    return torch.randint(2**62, (3,), generator=getattr(dice, "generator", None)).tolist()
+def draw_seeds(layers):
+    """Numbers from the thread's own random numbers, or from PyTorch's, for the three dropouts of each layer."""
+    return torch.randint(2**62, (layers, 3), generator=getattr(dice, "generator", None))
 
 
 class Computed(torch.autograd.Function):
-    """A block by layers_cpu.c. The gradients of its weights are added to `sums`, so autograd gets none."""
+    """All blocks by layers_cpu.c. The gradients of their weights are added to `sums`, so autograd gets none."""
 
     @staticmethod
-    def forward(ctx, x, sums, i, *weights):
-        out, ctx.of_forward = sums.forward(i, x)
-        ctx.sums, ctx.i = sums, i
+    def forward(ctx, x, sums, *weights):
+        out, ctx.of_forward = sums.forward(x)
+        ctx.sums = sums
         ctx.save_for_backward(x)
         return out
 
@@ -258,8 +254,8 @@ class Computed(torch.autograd.Function):
         if of_forward is None:
             raise RuntimeError("layers_cpu.c goes backward through a layer once only")
         (x,) = ctx.saved_tensors
-        d_x = ctx.sums.backward(ctx.i, x, d_out, of_forward)
-        return (d_x, None, None, *[None] * (len(ctx.needs_input_grad) - 3))
+        d_x = ctx.sums.backward(x, d_out, of_forward)
+        return (d_x, None, *[None] * (len(ctx.needs_input_grad) - 2))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -268,13 +264,16 @@ class Computed(torch.autograd.Function):
 
 @functools.lru_cache(maxsize=None)
 def computed(cls):
-    """The subclass of a block's class that is computed by layers_cpu.c in threads that are `adding_up`."""
+    """The subclass of a block's class that is computed by layers_cpu.c in threads that are `adding_up`.
+
+    The first block then does the work of all of them, in one call, and the others pass on what it made.
+    """
 
     def forward(self, x, *others, **named):
         sums = getattr(here, "sums", None)
         if sums is None:
             return cls.forward(self, x, *others, **named)
-        return Computed.apply(x.contiguous(), sums, self.number, *sums.parts[self.number].weights)
+        return Computed.apply(x.contiguous(), sums, *sums.gradients) if self.number == 0 else x
 
     return type(cls.__name__, (cls,), {"forward": forward})
 
@@ -332,18 +331,18 @@ def known_dropout(layers, rate, seeds):
     The first call, of the embeddings, drops nothing; each layer has three.
     """
     calls = itertools.count()
-    layer = Layer(threshold=threshold(rate))
+    now = Pass(threshold=threshold(rate))
 
     def dropout(x, p):
         call = next(calls)
         if call == 0 or p != rate:
             return x
         number, place_ = divmod(call - 1, 3)
-        layer.seeds[:] = seeds[number]
+        now.seeds = place(seeds[number])
         width = x.shape[-1]
         counted = -(-width // 16) * 16 if place_ == 0 else width  # layers_cpu.c's mask_width
         mask = torch.empty(x.numel() // width * counted)
-        layers.functions.masks(ctypes.byref(layer), place_, mask.numel(), place(mask))
+        layers.functions.masks(ctypes.byref(now), place_, mask.numel(), place(mask))
         return x * mask.view(*x.shape[:-1], counted)[..., :width]
 
     return dropout
@@ -365,11 +364,10 @@ def knows(cls, bias, with_bfloat16):
             for p in model.parameters():
                 p.add_(0.2 * torch.randn_like(p))
         idx, targets = torch.randint(model.config.vocab_size, (2, 2, model.config.block_size))
-        seeds = torch.randint(2**62, (model.config.n_layer, 3)).tolist()
+        seeds = torch.randint(2**62, (model.config.n_layer, 3))
 
     def gradients(worker, dropout, sums=None):
-        each = iter(seeds)
-        ours = replaced(sys.modules[__name__], draw_seeds=lambda: next(each))
+        ours = replaced(sys.modules[__name__], draw_seeds=lambda layers: seeds)
         with replaced(model_module, dropout=dropout), ours, adding_up(sums):
             _, loss = worker(idx, targets)
             found = torch.autograd.grad(loss, list(worker.parameters()), allow_unused=True)
