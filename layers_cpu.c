@@ -71,7 +71,7 @@ typedef struct {
     float *d_shift;
     const float *cos, *sin;   /* (T, D): queries and keys are normed and turned; or NULL */
     /* What prepared() fills in, from the Pass: */
-    int32_t B, T, threshold;
+    int32_t B, T, threshold, add;
     const int64_t *seeds;     /* (3,): of the dropout, see WEIGHTS */
     const num *x;             /* (R, C) */
     num *out;
@@ -81,6 +81,7 @@ typedef struct {
 typedef struct {
     int32_t B, T, layers;
     int32_t threshold;        /* of 256: how many numbers dropout sets to zero */
+    int32_t add;              /* are gradients of matrices added to what is there? those of vectors always are */
     const int64_t *seeds;     /* (layers, 3) */
     const num *x, *d_out;     /* (R, C): what the first layer reads, and the gradient of what the last one makes */
     num *out, *d_x;           /* (R, C) */
@@ -211,11 +212,11 @@ static void linear_backward(const Linear *l, const num *d_y, int M, float *d_x) 
     rows_times(d_y, l->N, M, l->backward, (size_t)l->N / PAIR * LANES, l->K, l->N, d_x, l->K);
 }
 
-/* d_weight += d_y^T x, both in panels whose lanes are columns, of `filled` rows. */
-static void weight_gradient(const Linear *l, const unit *d_y, const unit *x, int filled) {
+/* d_weight = d_y^T x, or added to it, both in panels whose lanes are columns, of `filled` rows. */
+static void weight_gradient(const Linear *l, const unit *d_y, const unit *x, int filled, int add) {
     int K = filled / PAIR;
     size_t panel = (size_t)K * LANES;
-    columns_times(d_y, panel, l->N, x, panel, l->K, K, l->d_weight, l->K, 1);
+    columns_times(d_y, panel, l->N, x, panel, l->K, K, l->d_weight, l->K, add);
 }
 
 /* ---------------------------------------------------------------------------------------------------------------------
@@ -644,8 +645,8 @@ static void layer_backward(const Layer *l, const num *d_out, num *d_x, char *scr
         }
         lanes_are_columns(s.strip, C, m, STRIP, C, s.in + at, panel);
     }
-    weight_gradient(&l->fc_proj, s.d_sum, s.bent, filled);
-    weight_gradient(&l->fc, s.d_wide, s.in, filled);
+    weight_gradient(&l->fc_proj, s.d_sum, s.bent, filled, l->add);
+    weight_gradient(&l->fc, s.d_wide, s.in, filled, l->add);
 
     for (int first = 0; first < R; first += STRIP) {
         int m = R - first < STRIP ? R - first : STRIP;
@@ -654,7 +655,7 @@ static void layer_backward(const Layer *l, const num *d_out, num *d_x, char *scr
         for (int i = 0; i < m * C; i += LANES) to(s.d_y + (size_t)first * C + i, load(s.product + i));
         lanes_are_columns(kept.y + (size_t)first * C, C, m, STRIP, C, s.in + (size_t)first / PAIR * LANES, panel);
     }
-    weight_gradient(&l->attn_proj, s.d_sum, s.in, filled);
+    weight_gradient(&l->attn_proj, s.d_sum, s.in, filled, l->add);
 
     for (int b = 0; b < l->B; b++)
         for (int h = 0; h < l->H; h++) attend_backward(l, &kept, &s.room, s.d_y, s.d_qkv, b, h);
@@ -688,7 +689,7 @@ static void layer_backward(const Layer *l, const num *d_out, num *d_x, char *scr
         memcpy(after, start, C * sizeof *start);
         lanes_are_columns(s.strip, C, m, STRIP, C, s.in + at, panel);
     }
-    weight_gradient(&l->attn, s.d_in, s.in, filled);
+    weight_gradient(&l->attn, s.d_in, s.in, filled, l->add);
 }
 
 /* ---------------------------------------------------------------------------------------------------------------------
@@ -697,7 +698,7 @@ static void layer_backward(const Layer *l, const num *d_out, num *d_x, char *scr
 /* The i-th layer with what it needs of a pass. What it keeps lies behind what those before it keep, and then its output. */
 static Layer prepared(const Layer *layers, const Pass *pass, int i) {
     Layer l = layers[i];
-    l.B = pass->B, l.T = pass->T, l.threshold = pass->threshold, l.seeds = pass->seeds + 3 * i;
+    l.B = pass->B, l.T = pass->T, l.threshold = pass->threshold, l.add = pass->add, l.seeds = pass->seeds + 3 * i;
     char *end = NULL;
     keep(&l, &end);
     size_t kept = end - (char *)NULL;

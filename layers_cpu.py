@@ -51,13 +51,13 @@ class Layer(ctypes.Structure):
         *fields(int="C H modern"),
         *[(name, Linear) for name in ("attn", "attn_proj", "fc", "fc_proj")],
         *[(name, Norm) for name in ("norm_1", "norm_2")],
-        *fields(place="shift d_shift cos sin", int="B T threshold"),
+        *fields(place="shift d_shift cos sin", int="B T threshold add"),
         *fields(place="seeds x out kept"),
     ]
 
 
 class Pass(ctypes.Structure):
-    _fields_ = fields(int="B T layers threshold", place="seeds x d_out out d_x kept scratch")
+    _fields_ = fields(int="B T layers threshold add", place="seeds x d_out out d_x kept scratch")
 
 
 here = threading.local()  # here.sums: the Sums to which this thread adds gradients; None where PyTorch computes
@@ -132,8 +132,8 @@ class Part:
         self.sizes = dict(C=C, H=attn.n_head, modern=self.modern)
         [self.dropout] = {attn.dropout, attn.resid_dropout.p, mlp.dropout.p}
         vectors = [p for p in block.parameters() if p.dim() == 1]
-        self.weights = [linear.weight for linears in self.linears.values() for linear in linears] + vectors
-        if set(self.weights) != set(block.parameters()):
+        self.matrices = [linear.weight for linears in self.linears.values() for linear in linears]
+        if {*self.matrices, *vectors} != set(block.parameters()):
             raise ValueError("a layer has other weights")
         self.vectors = {p: torch.empty(p.shape) for p in vectors}  # in float32
         self.panels = {
@@ -177,9 +177,12 @@ class Sums:
 
     def __init__(self, parts):
         self.parts, self.functions = parts, parts[0].functions
-        weights = [p for part in parts for p in part.weights]
+        matrices = [p for part in parts for p in part.matrices]
+        weights = matrices + [p for part in parts for p in part.vectors]
         numbers = [p.numel() for p in weights]
         self.flat = torch.zeros(sum(numbers))
+        self.of_vectors = self.flat[sum(numbers[: len(matrices)]) :]
+        self.add = 0
         self.gradients = {p: piece.view(p.shape) for p, piece in zip(weights, self.flat.split(numbers))}
         self.layers = (Layer * len(parts))(*(part.structure(self.gradients) for part in parts))
         [self.dropout] = {part.dropout for part in parts}
@@ -187,11 +190,16 @@ class Sums:
         self.spare = []  # memory for what is kept for the backward pass, not in use
         self.needed = {}  # (B, T) -> (bytes to keep, bytes of scratch)
 
+    def begin(self):
+        """Forget what was added up."""
+        self.of_vectors.zero_()
+        self.add = 0  # the next gradients of matrices take the place of those that are there
+
     def a_pass(self, x, seeds, kept=None):
         """A Pass of x (B, T, C)."""
         B, T = x.shape[:2]
         places = dict(seeds=place(seeds), x=place(x), kept=place(kept), scratch=place(self.scratch))
-        return Pass(B, T, len(self.layers), threshold(self.dropout), **places)
+        return Pass(B, T, len(self.layers), threshold(self.dropout), self.add, **places)
 
     def room(self, x):
         """Memory for what is kept of x; makes room in scratch too."""
@@ -223,7 +231,7 @@ class Sums:
         now = self.a_pass(x, seeds, kept)
         now.d_out, now.d_x = place(d_out), place(d_x)
         self.functions.backward(self.layers, ctypes.byref(now))
-        self.spare = [kept]
+        self.spare, self.add = [kept], 1
         return d_x
 
 
@@ -296,9 +304,9 @@ class Layers:
             block.number, block.__class__ = number, computed(type(block))
 
     @torch.no_grad()
-    def lay_out(self):
-        """Take over the weights of all blocks as they are now."""
-        for part in self.parts:
+    def lay_out(self, first=0, step=1):
+        """Take over the weights of the blocks as they are now: of all, or of every step-th from the first on."""
+        for part in self.parts[first::step]:
             part.lay_out()
 
     def sums(self):

@@ -297,7 +297,7 @@ class Learner:
         """
         others = [p for p in self.copies if p not in sums.gradients]
         total, added = 0.0, None
-        sums.flat.zero_()
+        sums.begin()
         with adding_up(sums):
             for (x, y, share), seed in zip(parts, seeds):
                 dice.generator = torch.Generator().manual_seed(seed)
@@ -326,7 +326,7 @@ class Learner:
         threads = self.side_by_side(len(parts))
         run = map if threads == 1 else self.pool(threads).map
         if self.computes_in_c(len(parts)):
-            self.layers.lay_out()
+            list(run(lambda thread: self.layers.lay_out(thread, threads), range(threads)))
             while len(self.sums) < threads:
                 self.sums.append(self.layers.sums())
             for weight in self.weights:
