@@ -454,8 +454,7 @@ def in_c(worker, model):
             return made, Layers(made, model)
         say(OTHER_MODEL)
     except CannotCompile as error:
-        if compiler():
-            say(error)
+        say(error)
     except OSError as error:
         say(f"it cannot be loaded: {error}")
     except Exception as error:  # of a model that has other parts, or parts of other shapes

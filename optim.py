@@ -208,6 +208,8 @@ class Learner:
     updates the float32 weights, and copies them over. Several GPUs, float16 and an Apple GPU compute under autocast,
     and the float32 weights learn.
 
+    On a CPU with AVX-512 the layers are computed in C (layers_cpu.py), all else by PyTorch.
+
     On an NVIDIA GPU that works alone the fourth step is recorded, and replayed from then on (graphs.RecordedStep).
 
     Several processes have the same weights, and average the gradients of their shares of the batch: by PyTorch's
@@ -228,7 +230,8 @@ class Learner:
         self.copied = has_copy(device, dtype, processes.world, self.sharded)
         self.worker = copy.deepcopy(model).to(dtype) if self.copied else model
         self.layers, self.sums = None, []  # where the worker's layers are computed in C, and each thread's sums there
-        if device.type == "cpu" and not self.sharded and (self.copied or processes.world == 1):
+        alone = not self.sharded and (self.copied or processes.world == 1)  # PyTorch averages no gradients by itself
+        if device.type == "cpu" and alone and not model.gradient_checkpointing:
             self.worker, self.layers = in_c(self.worker, model)
         self.copies = list(self.worker.parameters())
         self.averaging = None  # the DistributedDataParallel, where there is one
