@@ -216,7 +216,12 @@ static void linear_backward(const Linear *l, const num *d_y, int M, float *d_x) 
 static void weight_gradient(const Linear *l, const unit *d_y, const unit *x, int filled, int add) {
     int K = filled / PAIR;
     size_t panel = (size_t)K * LANES;
-    columns_times(d_y, panel, l->N, x, panel, l->K, K, l->d_weight, l->K, add);
+    int rows = l->N > l->K ? STRIP : l->N; /* of the larger one at a time: the smaller one then stays in the cache */
+    for (int n = 0; n < l->N; n += rows) {
+        const unit *some = d_y + n / LANES * panel;
+        int m = l->N - n < rows ? l->N - n : rows;
+        columns_times(some, panel, m, x, panel, l->K, K, l->d_weight + (size_t)n * l->K, l->K, add);
+    }
 }
 
 /* ---------------------------------------------------------------------------------------------------------------------
