@@ -126,6 +126,8 @@ class Part:
             for linear in linears:
                 of_shape(linear.weight, N // len(linears), K)
                 of_shape(linear.bias, N)
+                if linear.weight.dtype != dtype or not linear.weight.is_contiguous():
+                    raise ValueError("a weight in another number format or order")
         for vector in [v for norm in self.norms.values() for v in (norm.weight, norm.bias)]:
             of_shape(vector, C)
         self.tables = {} if tables is None else {name: t.float().contiguous() for name, t in tables.items()}
@@ -173,7 +175,7 @@ class Part:
 
 
 class Sums:
-    """A thread's gradients of all parts' weights, added up in float32, and the memory in which it computes."""
+    """A thread's gradients of all blocks' weights, added up in float32, and the memory in which it computes."""
 
     def __init__(self, parts):
         self.parts, self.functions = parts, parts[0].functions
@@ -185,10 +187,15 @@ class Sums:
         self.add = 0
         self.gradients = {p: piece.view(p.shape) for p, piece in zip(weights, self.flat.split(numbers))}
         self.layers = (Layer * len(parts))(*(part.structure(self.gradients) for part in parts))
-        [self.dropout] = {part.dropout for part in parts}
+        self.channels, self.dtype = parts[0].sizes["C"], matrices[0].dtype
+        [self.rate] = {part.dropout for part in parts}
         self.scratch = torch.empty(0, dtype=torch.uint8)
         self.spare = []  # memory for what is kept for the backward pass, not in use
         self.needed = {}  # (B, T) -> (bytes to keep, bytes of scratch)
+
+    @property
+    def dropout(self):
+        return self.rate if self.parts[0].block.training else 0.0
 
     def begin(self):
         """Forget what was added up."""
@@ -217,7 +224,10 @@ class Sums:
         return torch.empty(kept, dtype=torch.uint8)
 
     def forward(self, x):
-        """(what the blocks make of x (B, T, C), what backward needs)."""
+        """(what the blocks make of x (B, T, C), what backward needs). Raises ValueError for another kind of x."""
+        if x.dtype != self.dtype or x.dim() != 3:
+            raise ValueError(f"{x.dtype} of {x.dim()} dimensions in place of {self.dtype} of 3")
+        of_shape(x, *x.shape[:2], self.channels)
         seeds, kept = draw_seeds(len(self.layers)) if self.dropout else None, self.room(x)
         out, now = torch.empty_like(x), self.a_pass(x, seeds, kept)
         now.out = place(out)

@@ -231,6 +231,14 @@ def test_dropout_drops_the_same_in_both_directions_and_where_the_model_does(trai
     assert max(differences(found, expected)) < (1e-5 if dtype == torch.float32 else 0.05)
 
 
+@pytest.mark.parametrize("arch", ARCHS)
+def test_in_eval_nothing_is_dropped(trained, arch):
+    model = trained(arch, dropout=0.5).eval()
+    worker = same_weights(model)
+    x, y = batch(model, 2, 20)
+    assert max(differences(by_c(worker, Layers(worker, model), x, y)[1], by_pytorch(model, x, y)[1])) < 1e-5
+
+
 def masks_of(seed, place, threshold, n=1 << 16):
     functions = layers_cpu.functions_for(torch.float32)
     seeds, found = torch.zeros(3, dtype=torch.int64), torch.empty(n)
@@ -364,6 +372,23 @@ def test_a_layer_with_another_weight_is_computed_by_pytorch(trained, monkeypatch
 
     monkeypatch.setattr(model_module.Block, "__init__", with_gain)
     model = trained("gpt")
+    assert in_c(model, model) == (model, None)
+
+
+@pytest.mark.parametrize(
+    "x", [torch.zeros(2, 3, 64).double(), torch.zeros(2, 3, 32), torch.zeros(3, 64)], ids=["float64", "narrow", "flat"]
+)
+def test_numbers_that_it_would_read_wrongly_are_refused(trained, x):
+    model = trained("gpt")
+    worker = same_weights(model)
+    with adding_up(Layers(worker, model).sums()), pytest.raises(ValueError, match="in place of"):
+        worker.transformer.h[0](x)
+
+
+def test_weights_in_another_order_are_read_by_pytorch(trained):
+    model = trained("gpt")
+    weight = model.transformer.h[1].mlp.c_fc.weight
+    weight.data = weight.data.t().contiguous().t()
     assert in_c(model, model) == (model, None)
 
 
