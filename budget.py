@@ -228,7 +228,7 @@ def activation_bytes(config, tokens, place, checkpointing):
     if checkpointing:  # the stream between the layers, and all of the one layer that is being computed again
         return tokens * (L * place.stream * C + layer_bytes(config, place) + ends)
     if in_c(config, place, checkpointing):
-        return sum(layers_cpu.kept_bytes(config, tokens, place.dtype)) + tokens * ends
+        return sum(layers_cpu.planned_bytes(config, tokens, place.dtype)) + tokens * ends
     one_matrix = 3 * C * C * place.item if modern else 0  # queries', keys' and values' matrices put together
     return tokens * (L * layer_bytes(config, place) + ends) + L * one_matrix
 
@@ -275,7 +275,7 @@ def evaluation_bytes(config, tokens, place):
 
 def gathered_bytes(model, item):
     """What a sharded model has whole at one time: a layer, the next one on its way, and what belongs to no layer."""
-    layers = model.layers if isinstance(model, Modern) else model.transformer.h
+    layers = layers_cpu.blocks(model)
     layer = sum(p.numel() for p in layers[0].parameters())
     return item * (min(2, len(layers)) * layer + sum(p.numel() for p in model.parameters()) - len(layers) * layer)
 
@@ -322,8 +322,7 @@ def memory(model, options, place, data):
         batch = options.batch_size * options.gradient_accumulation_steps * options.block_size
         always.append(("text and batch", data.nbytes + 3 * 8 * batch, f"{len(data.train) + len(data.val):,} tokens"))
     if in_c(config, place, options.gradient_checkpointing):
-        layers = model.layers if isinstance(model, Modern) else model.transformer.h
-        in_layers = sum(p.numel() for p in layers.parameters())
+        in_layers = sum(p.numel() for p in layers_cpu.blocks(model).parameters())
         always.append(("weights laid out", 2 * item * in_layers, "of the layers, for layers_cpu.c"))
         always.append(("gradients of each part", at_once * 4 * in_layers, f"{at_once} x float32, of the layers"))
     tokens, times = rows * config.block_size, f"{at_once} x " if at_once > 1 else ""

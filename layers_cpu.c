@@ -96,6 +96,8 @@ typedef struct {
     num *wide;     /* (R, 4C): before it is bent */
     float *total;  /* (B, H, T): log of the sum of e^score */
     float *scales; /* (R, 2, H): by how much norming multiplied queries and keys */
+    num *out;      /* (R, C): what the layer made, for the next one */
+    char *end;
 } Kept;
 
 static void *take(char **place, size_t bytes) {
@@ -106,15 +108,20 @@ static void *take(char **place, size_t bytes) {
 
 static int round_up(int n, int unit) { return (n + unit - 1) / unit * unit; }
 
-static Kept keep(const Layer *l, char **place) {
+/* How many rows the strip has that begins at `first`, of `all` rows. */
+static int rows_of_strip(int first, int all) { return all - first < STRIP ? all - first : STRIP; }
+
+static Kept keep(const Layer *l, char *place) {
     size_t R = round_up(l->B * l->T, STRIP), C = l->C; /* tiles read some rows too many */
     Kept k;
-    k.qkv = take(place, 3 * R * C * sizeof(num));
-    k.y = take(place, R * C * sizeof(num));
-    k.middle = take(place, R * C * sizeof(num));
-    k.wide = take(place, 4 * R * C * sizeof(num));
-    k.total = take(place, R * l->H * sizeof(float));
-    k.scales = take(place, 2 * R * l->H * sizeof(float));
+    k.qkv = take(&place, 3 * R * C * sizeof(num));
+    k.y = take(&place, R * C * sizeof(num));
+    k.middle = take(&place, R * C * sizeof(num));
+    k.wide = take(&place, 4 * R * C * sizeof(num));
+    k.total = take(&place, R * l->H * sizeof(float));
+    k.scales = take(&place, 2 * R * l->H * sizeof(float));
+    k.out = take(&place, R * C * sizeof(num));
+    k.end = place;
     return k;
 }
 
@@ -171,7 +178,7 @@ static void lanes_are_rows(const num *x, size_t ld, int R, int filled, int K, un
         for (int k = 0; k < K / PAIR; k++) {
             unit u[LANES] = {0};
             int lanes = R - first < LANES ? R - first : LANES;
-            if (lanes == LANES)
+            if (lanes == LANES) /* almost always; the compiler then knows how many they are */
                 for (int lane = 0; lane < LANES; lane++) memcpy(u + lane, x + (first + lane) * ld + k * PAIR, sizeof *u);
             else
                 for (int lane = 0; lane < lanes; lane++) memcpy(u + lane, x + (first + lane) * ld + k * PAIR, sizeof *u);
@@ -301,8 +308,12 @@ static void turn(float *x, const float *cos, const float *sin, int D, float dire
     }
 }
 
-static void copy_row(const num *from_, float *to_, int n) {
-    for (int i = 0; i < n; i += LANES) store(to_ + i, from(from_ + i));
+static void copy_row(const num *x, float *y, int n) {
+    for (int i = 0; i < n; i += LANES) store(y + i, from(x + i));
+}
+
+static void round_row(const float *x, num *y, int n) {
+    for (int i = 0; i < n; i += LANES) to(y + i, load(x + i));
 }
 
 /* x = norm(row), and behind it what the norm has learned -> h. Returns the scale. */
@@ -375,14 +386,14 @@ static Room make_room(const Layer *l, char **place) {
 static inline vec larger(vec a, vec b) { return where(a > b, a, b); }
 
 static void attend(const Layer *l, const Kept *kept, const Room *room, int b, int h) {
-    int T = l->T, C = l->C, D = C / l->H, W = round_up(T, STRIP), filled = round_up(T, STRIP);
+    int T = l->T, C = l->C, D = C / l->H, W = round_up(T, STRIP);
     const num *q = kept->qkv + (size_t)b * T * 3 * C + h * D, *k = q + C, *v = k + C;
-    size_t by_position = (size_t)D / PAIR * LANES, by_channel = (size_t)filled / PAIR * LANES;
+    size_t by_position = (size_t)D / PAIR * LANES, by_channel = (size_t)W / PAIR * LANES;
     float scale = 1 / sqrtf(D);
-    lanes_are_rows(k, 3 * C, T, filled, D, room->rows_k, by_position);
-    lanes_are_columns(v, 3 * C, T, filled, D, room->columns_v, by_channel);
+    lanes_are_rows(k, 3 * C, T, W, D, room->rows_k, by_position);
+    lanes_are_columns(v, 3 * C, T, W, D, room->columns_v, by_channel);
     for (int first = 0; first < T; first += STRIP) {
-        int m = T - first < STRIP ? T - first : STRIP, seen = first + STRIP;
+        int m = rows_of_strip(first, T), seen = first + STRIP;
         rows_times(q + (size_t)first * 3 * C, 3 * C, m, room->rows_k, by_position, seen, D, room->scores, W);
         for (int i = 0; i < m; i++) {
             float *s = room->scores + (size_t)i * W;
@@ -409,8 +420,7 @@ static void attend(const Layer *l, const Kept *kept, const Room *room, int b, in
         }
         rows_times(room->w, W, m, room->columns_v, by_channel, D, seen, room->out, D);
         for (int i = 0; i < m; i++)
-            for (int c = 0; c < D; c += LANES)
-                to(kept->y + ((size_t)b * T + first + i) * C + h * D + c, load(room->out + i * D + c));
+            round_row(room->out + i * D, kept->y + ((size_t)b * T + first + i) * C + h * D, D);
     }
 }
 
@@ -429,7 +439,7 @@ static void store_strip(
             turn(d, cos, sin, D, -1);
             normed_backward(x, d, D, kept->scales[(row * 2 + which) * l->H + h]);
         }
-        for (int c = 0; c < D; c += LANES) to(d_qkv + place + c, load(d + c));
+        round_row(d, d_qkv + place, D);
     }
 }
 
@@ -437,18 +447,18 @@ static void store_strip(
    (Dao et al. 2022, FlashAttention). */
 static void attend_backward(
     const Layer *l, const Kept *kept, const Room *room, const num *d_y, num *d_qkv, int b, int h) {
-    int T = l->T, C = l->C, D = C / l->H, W = round_up(T, STRIP), filled = round_up(T, STRIP);
+    int T = l->T, C = l->C, D = C / l->H, W = round_up(T, STRIP);
     const num *q = kept->qkv + (size_t)b * T * 3 * C + h * D, *k = q + C, *v = k + C;
     const num *d = d_y + (size_t)b * T * C + h * D, *y = kept->y + (size_t)b * T * C + h * D;
-    size_t by_position = (size_t)D / PAIR * LANES, by_channel = (size_t)filled / PAIR * LANES;
+    size_t by_position = (size_t)D / PAIR * LANES, by_channel = (size_t)W / PAIR * LANES;
     float scale = 1 / sqrtf(D);
-    lanes_are_rows(k, 3 * C, T, filled, D, room->rows_k, by_position);
-    lanes_are_rows(v, 3 * C, T, filled, D, room->rows_v, by_position);
-    lanes_are_columns(k, 3 * C, T, filled, D, room->columns_k, by_channel);
-    lanes_are_columns(q, 3 * C, T, filled, D, room->columns_q, by_channel);
-    lanes_are_columns(d, C, T, filled, D, room->columns_d, by_channel);
+    lanes_are_rows(k, 3 * C, T, W, D, room->rows_k, by_position);
+    lanes_are_rows(v, 3 * C, T, W, D, room->rows_v, by_position);
+    lanes_are_columns(k, 3 * C, T, W, D, room->columns_k, by_channel);
+    lanes_are_columns(q, 3 * C, T, W, D, room->columns_q, by_channel);
+    lanes_are_columns(d, C, T, W, D, room->columns_d, by_channel);
     for (int first = 0; first < T; first += STRIP) {
-        int m = T - first < STRIP ? T - first : STRIP, seen = first + STRIP;
+        int m = rows_of_strip(first, T), seen = first + STRIP;
         rows_times(q + (size_t)first * 3 * C, 3 * C, m, room->rows_k, by_position, seen, D, room->scores, W);
         rows_times(d + (size_t)first * C, C, m, room->rows_v, by_position, seen, D, room->d_weights, W);
         for (int i = 0; i < m; i++) {
@@ -473,7 +483,7 @@ static void attend_backward(
         store_strip(l, kept, room, d_qkv, b, h, first, m, 0);
     }
     for (int first = 0; first < T; first += STRIP) { /* strips of keys, which are seen by the queries from there on */
-        int m = T - first < STRIP ? T - first : STRIP, units = (filled - first) / PAIR;
+        int m = rows_of_strip(first, T), units = (W - first) / PAIR;
         size_t at = (size_t)first / PAIR * LANES, panel = first / LANES * by_channel + at;
         columns_times(
             room->columns_s + panel, by_channel, STRIP, room->columns_q + at, by_channel, D, units, room->out, D, 0);
@@ -511,24 +521,26 @@ typedef struct {
     num *strip;                               /* (STRIP, 4C) */
     num *d_middle, *d_y, *d_qkv;              /* (R, C), (R, C), (R, 3C) */
     unit *in, *d_in, *bent, *d_wide, *d_sum;  /* panels: (R, C), (R, 3C), (R, 4C), (R, 4C), (R, C) */
+    char *end;
 } Scratch;
 
-static Scratch make_scratch(const Layer *l, char **place) {
+static Scratch make_scratch(const Layer *l, char *place) {
     size_t R = round_up(l->B * l->T, STRIP), C = l->C;
     Scratch s;
-    s.room = make_room(l, place);
-    s.row = take(place, 2 * C * sizeof(float));
-    s.h = take(place, C * sizeof(float));
-    s.product = take(place, STRIP * 4 * C * sizeof(float));
-    s.strip = take(place, STRIP * 4 * C * sizeof(num));
-    s.d_middle = take(place, R * C * sizeof(num));
-    s.d_y = take(place, R * C * sizeof(num));
-    s.d_qkv = take(place, 3 * R * C * sizeof(num));
-    s.in = take(place, R * C * sizeof(num));
-    s.d_sum = take(place, R * C * sizeof(num));
-    s.bent = take(place, 4 * R * C * sizeof(num));
-    s.d_wide = take(place, 4 * R * C * sizeof(num));
+    s.room = make_room(l, &place);
+    s.row = take(&place, 2 * C * sizeof(float));
+    s.h = take(&place, C * sizeof(float));
+    s.product = take(&place, STRIP * 4 * C * sizeof(float));
+    s.strip = take(&place, STRIP * 4 * C * sizeof(num));
+    s.d_middle = take(&place, R * C * sizeof(num));
+    s.d_y = take(&place, R * C * sizeof(num));
+    s.d_qkv = take(&place, 3 * R * C * sizeof(num));
+    s.in = take(&place, R * C * sizeof(num));
+    s.d_sum = take(&place, R * C * sizeof(num));
+    s.bent = take(&place, 4 * R * C * sizeof(num));
+    s.d_wide = take(&place, 4 * R * C * sizeof(num));
     s.d_in = s.d_wide; /* which is no longer needed then */
+    s.end = place;
     return s;
 }
 
@@ -543,15 +555,13 @@ static void add_sum(const Layer *l, const Linear *linear, int place, size_t row,
 
 static void layer_forward(const Layer *l, char *scratch) {
     int R = l->B * l->T, C = l->C, D = C / l->H;
-    char *place = l->kept;
-    Kept kept = keep(l, &place);
-    place = scratch;
-    Scratch s = make_scratch(l, &place);
+    Kept kept = keep(l, l->kept);
+    Scratch s = make_scratch(l, scratch);
     for (int first = 0; first < R; first += STRIP) {
-        int m = R - first < STRIP ? R - first : STRIP;
+        int m = rows_of_strip(first, R);
         for (int i = 0; i < m; i++) {
             first_norm(l, first + i, s.row, s.h);
-            for (int c = 0; c < C; c += LANES) to(s.strip + i * C + c, load(s.h + c));
+            round_row(s.h, s.strip + i * C, C);
         }
         linear(&l->attn, s.strip, m, s.product);
         for (int i = 0; i < m; i++) {
@@ -563,21 +573,21 @@ static void layer_forward(const Layer *l, char *scratch) {
                     kept.scales[row * 2 * l->H + h] = normed(qkv + h * D, D);
                     turn(qkv + h * D, l->cos + t * D, l->sin + t * D, D, 1);
                 }
-            for (int c = 0; c < 3 * C; c += LANES) to(kept.qkv + row * 3 * C + c, load(qkv + c));
+            round_row(qkv, kept.qkv + row * 3 * C, 3 * C);
         }
     }
     for (int b = 0; b < l->B; b++)
         for (int h = 0; h < l->H; h++) attend(l, &kept, &s.room, b, h);
     for (int first = 0; first < R; first += STRIP) {
-        int m = R - first < STRIP ? R - first : STRIP;
+        int m = rows_of_strip(first, R);
         linear(&l->attn_proj, kept.y + (size_t)first * C, m, s.product);
         for (int i = 0; i < m; i++) {
             size_t row = first + i;
             copy_row(l->x + row * C, s.h, C);
             add_sum(l, &l->attn_proj, FIRST_SUM, row, s.h, s.product + i * C);
-            for (int c = 0; c < C; c += LANES) to(kept.middle + row * C + c, load(s.product + i * C + c));
+            round_row(s.product + i * C, kept.middle + row * C, C);
             norm_row(&l->norm_2, kept.middle + row * C, s.row, s.h, C);
-            for (int c = 0; c < C; c += LANES) to(s.strip + i * C + c, load(s.h + c));
+            round_row(s.h, s.strip + i * C, C);
         }
         linear(&l->fc, s.strip, m, s.product);
         for (int i = 0; i < m; i++)
@@ -592,7 +602,7 @@ static void layer_forward(const Layer *l, char *scratch) {
             size_t row = first + i;
             copy_row(kept.middle + row * C, s.h, C);
             add_sum(l, &l->fc_proj, SECOND_SUM, row, s.h, s.product + i * C);
-            for (int c = 0; c < C; c += LANES) to(l->out + row * C + c, load(s.product + i * C + c));
+            round_row(s.product + i * C, l->out + row * C, C);
         }
     }
 }
@@ -617,12 +627,10 @@ static void dropped_backward(
 static void layer_backward(const Layer *l, const num *d_out, num *d_x, char *scratch) {
     int R = l->B * l->T, C = l->C, filled = round_up(R, STRIP);
     size_t panel = (size_t)filled / PAIR * LANES;
-    char *place = l->kept;
-    Kept kept = keep(l, &place);
-    place = scratch;
-    Scratch s = make_scratch(l, &place);
+    Kept kept = keep(l, l->kept);
+    Scratch s = make_scratch(l, scratch);
     for (int first = 0; first < R; first += STRIP) {
-        int m = R - first < STRIP ? R - first : STRIP;
+        int m = rows_of_strip(first, R);
         size_t at = (size_t)first / PAIR * LANES;
         dropped_backward(l, &l->fc_proj, SECOND_SUM, first, m, d_out, s.strip, s.d_sum, panel);
         linear_backward(&l->fc_proj, s.strip, m, s.product);
@@ -643,10 +651,9 @@ static void layer_backward(const Layer *l, const num *d_out, num *d_x, char *scr
             float *d = s.product + i * C;
             float scale = norm_row(&l->norm_2, kept.middle + row * C, s.row, s.h, C);
             norm_row_backward(&l->norm_2, s.row, d, scale, C);
-            for (int c = 0; c < C; c += LANES) {
+            for (int c = 0; c < C; c += LANES)
                 to(s.d_middle + row * C + c, load(d + c) + from(d_out + row * C + c));
-                to(s.strip + i * C + c, load(s.h + c));
-            }
+            round_row(s.h, s.strip + i * C, C);
         }
         lanes_are_columns(s.strip, C, m, STRIP, C, s.in + at, panel);
     }
@@ -654,10 +661,10 @@ static void layer_backward(const Layer *l, const num *d_out, num *d_x, char *scr
     weight_gradient(&l->fc, s.d_wide, s.in, filled, l->add);
 
     for (int first = 0; first < R; first += STRIP) {
-        int m = R - first < STRIP ? R - first : STRIP;
+        int m = rows_of_strip(first, R);
         dropped_backward(l, &l->attn_proj, FIRST_SUM, first, m, s.d_middle, s.strip, s.d_sum, panel);
         linear_backward(&l->attn_proj, s.strip, m, s.product);
-        for (int i = 0; i < m * C; i += LANES) to(s.d_y + (size_t)first * C + i, load(s.product + i));
+        round_row(s.product, s.d_y + (size_t)first * C, m * C);
         lanes_are_columns(kept.y + (size_t)first * C, C, m, STRIP, C, s.in + (size_t)first / PAIR * LANES, panel);
     }
     weight_gradient(&l->attn_proj, s.d_sum, s.in, filled, l->add);
@@ -666,7 +673,7 @@ static void layer_backward(const Layer *l, const num *d_out, num *d_x, char *scr
         for (int h = 0; h < l->H; h++) attend_backward(l, &kept, &s.room, s.d_y, s.d_qkv, b, h);
 
     for (int first = (R - 1) / STRIP * STRIP; first >= 0; first -= STRIP) { /* backwards: see `after` */
-        int m = R - first < STRIP ? R - first : STRIP;
+        int m = rows_of_strip(first, R);
         size_t at = (size_t)first / PAIR * LANES;
         num *d_qkv = s.d_qkv + (size_t)first * 3 * C;
         if (l->attn.bias)
@@ -686,10 +693,8 @@ static void layer_backward(const Layer *l, const num *d_out, num *d_x, char *scr
                     if ((row + 1) % l->T) store(d + c, load(d + c) + load(next + c) * load(l->shift + c));
                 }
             norm_row_backward(&l->norm_1, s.row, d, scale, C);
-            for (int c = 0; c < C; c += LANES) {
-                to(d_x + row * C + c, load(d + c) + from(s.d_middle + row * C + c));
-                to(s.strip + i * C + c, load(s.h + c));
-            }
+            for (int c = 0; c < C; c += LANES) to(d_x + row * C + c, load(d + c) + from(s.d_middle + row * C + c));
+            round_row(s.h, s.strip + i * C, C);
         }
         memcpy(after, start, C * sizeof *start);
         lanes_are_columns(s.strip, C, m, STRIP, C, s.in + at, panel);
@@ -700,31 +705,23 @@ static void layer_backward(const Layer *l, const num *d_out, num *d_x, char *scr
 /* ---------------------------------------------------------------------------------------------------------------------
    All layers */
 
-/* The i-th layer with what it needs of a pass. What it keeps lies behind what those before it keep, and then its output. */
+/* The i-th layer with what it needs of a pass. What each keeps lies behind what those before it keep. */
 static Layer prepared(const Layer *layers, const Pass *pass, int i) {
     Layer l = layers[i];
     l.B = pass->B, l.T = pass->T, l.threshold = pass->threshold, l.add = pass->add, l.seeds = pass->seeds + 3 * i;
-    char *end = NULL;
-    keep(&l, &end);
-    size_t kept = end - (char *)NULL;
-    take(&end, (size_t)l.B * l.T * l.C * sizeof(num));
-    size_t each = end - (char *)NULL;
+    size_t each = keep(&l, NULL).end - (char *)NULL;
     l.kept = pass->kept + i * each;
-    l.out = i == pass->layers - 1 ? pass->out : (num *)(l.kept + kept);
-    l.x = i == 0 ? pass->x : (num *)(l.kept - each + kept);
+    l.out = i == pass->layers - 1 ? pass->out : keep(&l, l.kept).out;
+    l.x = i == 0 ? pass->x : keep(&l, l.kept - each).out;
     return l;
 }
 
-/* How many bytes pass->kept and pass->scratch must have. */
+/* How many bytes pass->kept and pass->scratch must have. Of the layers it needs C and H alone. */
 void sizes(const Layer *layers, const Pass *pass, int64_t *kept, int64_t *scratch) {
-    Layer l = prepared(layers, pass, 0);
-    char *end = NULL;
-    keep(&l, &end);
-    take(&end, (size_t)l.B * l.T * l.C * sizeof(num));
-    *kept = pass->layers * (end - (char *)NULL);
-    end = NULL;
-    make_scratch(&l, &end);
-    *scratch = end - (char *)NULL;
+    Layer l = *layers;
+    l.B = pass->B, l.T = pass->T;
+    *kept = pass->layers * (keep(&l, NULL).end - (char *)NULL);
+    *scratch = make_scratch(&l, NULL).end - (char *)NULL;
 }
 
 void forward(const Layer *layers, const Pass *pass) {

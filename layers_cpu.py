@@ -29,11 +29,10 @@ import model as model_module
 import modern
 from model import GPT, GPTConfig, dice
 from modern import Modern, ModernConfig
-from native import CannotCompile, compiler, fields, library, of_shape
+from native import CannotCompile, fields, library, of_shape
 from utils import first_line, same_dice, say_once
 
 TRIED = dict(n_layer=2, n_head=2, n_embd=64, vocab_size=31, block_size=44, dropout=0.5)  # the model of `knows`
-STRIP = 32  # as in layers_cpu.c
 MOST_SUMS = 500_000_000  # numbers, for the gradients of all threads: 2 GB
 OTHER_MODEL = "it computes other layers than those of model.py or modern.py"
 
@@ -73,6 +72,14 @@ def functions_for(dtype):
     functions.sizes.argtypes = [address] * 4
     functions.forward.argtypes = functions.backward.argtypes = [address] * 2
     return functions
+
+
+def needed_bytes(functions, layers, B, T):
+    """(bytes to keep of B windows of T tokens for the backward pass, bytes of scratch) of an array of Layers, of which
+    C and H count."""
+    kept, scratch, asked = ctypes.c_int64(), ctypes.c_int64(), Pass(B, T, len(layers))
+    functions.sizes(layers, *map(ctypes.byref, (asked, kept, scratch)))
+    return kept.value, scratch.value
 
 
 def unsuited(dtype):
@@ -212,10 +219,7 @@ class Sums:
         """Memory for what is kept of x; makes room in scratch too."""
         shape = tuple(x.shape[:2])
         if shape not in self.needed:
-            kept, scratch = ctypes.c_int64(), ctypes.c_int64()
-            asked = self.a_pass(x, None)
-            self.functions.sizes(self.layers, ctypes.byref(asked), ctypes.byref(kept), ctypes.byref(scratch))
-            self.needed[shape] = kept.value, scratch.value
+            self.needed[shape] = needed_bytes(self.functions, self.layers, *shape)
         kept, scratch = self.needed[shape]
         if len(self.scratch) < scratch:
             self.scratch = torch.empty(scratch, dtype=torch.uint8)
@@ -308,7 +312,6 @@ class Layers:
         tables = dict(cos=model.cos, sin=model.sin) if isinstance(model, Modern) else None
         functions = functions_for(dtype)
         self.parts = [Part(block, functions, tables) for block in blocks(worker)]
-        self.functions = functions
         self.lay_out()
         for number, block in enumerate(blocks(worker)):
             block.number, block.__class__ = number, computed(type(block))
@@ -343,7 +346,7 @@ def same_weights(model):
     return copy.deepcopy(model, {id(t): t for t in [*model.parameters(), *model.buffers()]})
 
 
-def known_dropout(layers, rate, seeds):
+def known_dropout(functions, rate, seeds):
     """What stands in for model.dropout in a trial: at this rate it drops what layers_cpu.c drops with these seeds.
 
     The first call, of the embeddings, drops nothing; each layer has three.
@@ -358,9 +361,9 @@ def known_dropout(layers, rate, seeds):
         number, place_ = divmod(call - 1, 3)
         now.seeds = place(seeds[number])
         width = x.shape[-1]
-        counted = -(-width // 16) * 16 if place_ == 0 else width  # layers_cpu.c's mask_width
+        counted = functions.mask_width(width) if place_ == 0 else width
         mask = torch.empty(x.numel() // width * counted)
-        layers.functions.masks(ctypes.byref(now), place_, mask.numel(), place(mask))
+        functions.masks(ctypes.byref(now), place_, mask.numel(), place(mask))
         return x * mask.view(*x.shape[:-1], counted)[..., :width]
 
     return dropout
@@ -395,13 +398,10 @@ def knows(cls, bias, with_bfloat16):
             *(summed[p] if g is None else g.float() for g, p in zip(found, worker.parameters())),
         ]
 
-    expected = None
-    for dtype, rounding in [(torch.float32, 1e-4), (torch.bfloat16, 0.1)][: 2 if with_bfloat16 else 1]:
+    expected = gradients(model, known_dropout(functions_for(torch.float32), shape["dropout"], seeds))
+    for dtype, rounding in [(torch.float32, 1e-4)] + ([(torch.bfloat16, 0.1)] if with_bfloat16 else []):
         worker = copy.deepcopy(model).to(dtype)
-        layers = Layers(worker, model)
-        if expected is None:
-            expected = gradients(model, known_dropout(layers, shape["dropout"], seeds))
-        found = gradients(worker, lambda x, p: x, layers.sums())
+        found = gradients(worker, lambda x, p: x, Layers(worker, model).sums())
         if any(not (a - b).norm() <= rounding * b.norm() for a, b in zip(found, expected)):
             return False
     return True
@@ -430,19 +430,17 @@ def why_not(config, dtype):
 
 def fits(config, dtype):
     """Will layers_cpu.c compute the layers of a config's model, if its code is what it knows?"""
-    return why_not(config, dtype) is None and bool(compiler())
+    try:
+        return why_not(config, dtype) is None and functions_for(dtype) is not None
+    except (CannotCompile, OSError):
+        return False
 
 
-def kept_bytes(config, tokens, dtype):
-    """(bytes that it keeps of so many tokens for the backward pass, bytes in which it computes), of a config's model.
-
-    As `sizes` in layers_cpu.c, but for some rounding up.
-    """
-    C, T, item = config.n_embd, min(config.block_size, tokens), torch.empty(0, dtype=dtype).element_size()
-    kept = tokens * (9 * C * item + 3 * 4 * config.n_head)
-    scratch = tokens * 15 * C * item + 2 * T * T * item + STRIP * (2 * (4 + item) * T + 4 * (4 + item) * C)
-    out = tokens * C * item  # what a layer makes, which the next one reads
-    return config.n_layer * (kept + out), scratch
+def planned_bytes(config, tokens, dtype):
+    """needed_bytes of a config's model, of so many tokens in whole windows."""
+    T = min(config.block_size, tokens)
+    layers = (Layer * config.n_layer)(*[Layer(C=config.n_embd, H=config.n_head)] * config.n_layer)
+    return needed_bytes(functions_for(dtype), layers, tokens // T, T)
 
 
 def say(why):

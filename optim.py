@@ -282,16 +282,17 @@ class Learner:
         with autocast(self.device, self.dtype):
             return self.compute(x, y)[1]
 
-    def gradients(self, x, y, share=1.0, seed=None):
-        """The loss of windows x, y (B, T) times share, and its gradient for each of self.copies.
+    def gradients(self, x, y, share=1.0, seed=None, weights=None):
+        """The loss of windows x, y (B, T) times share, and its gradient for each of self.copies, or of weights.
 
         seed: for a thread's own dropout, where several threads compute at once.
         """
+        weights = self.copies if weights is None else weights
         dice.generator = None if seed is None else torch.Generator().manual_seed(seed)
         loss = self.loss(x, y) * share
-        gradients = torch.autograd.grad(self.scaler.scale(loss), self.copies, allow_unused=True)
+        gradients = torch.autograd.grad(self.scaler.scale(loss), weights, allow_unused=True)
         # A weight that had no part in this loss, such as that of an expert who was not asked, has a gradient of zeros.
-        return loss.detach(), [torch.zeros_like(p) if g is None else g for p, g in zip(self.copies, gradients)]
+        return loss.detach(), [torch.zeros_like(p) if g is None else g for p, g in zip(weights, gradients)]
 
     def gradients_in_c(self, parts, seeds, sums):
         """The loss of several parts and their gradients, as `gradients`, but in float32 and added up.
@@ -302,12 +303,9 @@ class Learner:
         total, added = 0.0, None
         sums.begin()
         with adding_up(sums):
-            for (x, y, share), seed in zip(parts, seeds):
-                dice.generator = torch.Generator().manual_seed(seed)
-                loss = self.loss(x, y) * share
-                found = torch.autograd.grad(loss, others, allow_unused=True)
-                found = [torch.zeros_like(p) if g is None else g for p, g in zip(others, found)]
-                total = total + loss.detach()
+            for part, seed in zip(parts, seeds):
+                loss, found = self.gradients(*part, seed, others)
+                total = total + loss
                 if added is None:
                     added = copied_to([torch.empty_like(p, dtype=torch.float32) for p in others], found)
                 else:

@@ -17,6 +17,7 @@ import graphs
 import layers_cpu
 import model as model_module
 import modern as modern_module
+import native
 import optim
 import train
 from budget import Place
@@ -223,7 +224,7 @@ def test_a_part_of_a_step_takes_at_most_what_is_planned(by_pytorch, arch, vocab_
     assert found == pytest.approx(expected, rel=0.12)
 
 
-@pytest.mark.skipif(layers_cpu.unsuited(torch.float32) is not None or not layers_cpu.compiler(), reason="not in C here")
+@pytest.mark.skipif(layers_cpu.unsuited(torch.float32) is not None or not native.compiler(), reason="not in C here")
 @pytest.mark.parametrize("arch", ARCHS)
 def test_what_a_part_takes_whose_layers_are_computed_in_c_is_planned(arch):
     config = make_config(arch, dropout=0.1, **(dict(ahead=4) if arch == "modern" else {}))

@@ -223,7 +223,7 @@ def test_dropout_drops_the_same_in_both_directions_and_where_the_model_does(trai
     worker = copy.deepcopy(model).to(dtype)
     layers, x, y = Layers(worker, model), *batch(model, 3, 45)
     seeds = torch.randint(2**62, (2, 3), generator=torch.Generator().manual_seed(1))
-    with replaced(model_module, dropout=known_dropout(layers, p, seeds)):
+    with replaced(model_module, dropout=known_dropout(layers_cpu.functions_for(dtype), p, seeds)):
         _, expected = by_pytorch(model, x, y)
     monkeypatch.setattr(layers_cpu, "draw_seeds", lambda layers: seeds)
     monkeypatch.setattr(model_module, "dropout", lambda x, p: x)
@@ -409,8 +409,7 @@ def test_models_that_it_is_not_made_for_are_computed_by_pytorch_without_a_word(t
 
 def test_without_a_compiler_pytorch_computes(trained, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(native, "KEPT", str(tmp_path))
-    for module in (native, layers_cpu):
-        monkeypatch.setattr(module, "compiler", lambda: [])
+    monkeypatch.setattr(native, "compiler", lambda: [])
     for cache in (native.library, layers_cpu.functions_for):
         cache.cache_clear()
     model = trained("gpt")
@@ -604,6 +603,6 @@ def test_what_is_kept_of_a_part_is_what_the_plan_counts(trained):
         worker = copy.deepcopy(model).to(dtype)
         sums = Layers(worker, model).sums()
         kept = sums.room(torch.empty(16, 64, 64, dtype=dtype))
-        expected_kept, expected_scratch = layers_cpu.kept_bytes(types.SimpleNamespace(**SIZES), 16 * 64, dtype)
+        expected_kept, expected_scratch = layers_cpu.planned_bytes(types.SimpleNamespace(**SIZES), 16 * 64, dtype)
         assert len(kept) == pytest.approx(expected_kept, rel=0.02)
         assert len(sums.scratch) == pytest.approx(expected_scratch, rel=0.1)
