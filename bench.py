@@ -494,7 +494,7 @@ def ideas(options):
     if options.without is not None:
         if options.without not in ("nothing", *IDEAS, "all of them"):
             raise UserError(f"--without {options.without}: is no idea; give one of {', '.join(IDEAS)}")
-        optim.in_c = lambda worker, model: (worker, None)  # which computes with all ideas alone, and faster
+        optim.in_c = lambda model, dtype: None  # which computes with all ideas alone, and faster
         if options.without in IDEAS:
             IDEAS[options.without]()
         flags = ["--data", options.data, "--minutes", str(options.minutes), "--seed", str(options.seed)]

@@ -16,7 +16,7 @@ from typing import Optional
 
 import torch
 
-import layers_cpu
+import learn_cpu
 from draft import MOST_TOKENS
 from graphs import WARM_UP
 from model import GPT
@@ -214,21 +214,23 @@ def layer_bytes(config, place):
 
 
 def in_c(config, place, checkpointing):
-    """Does layers_cpu.c compute the layers, as a Learner has it?"""
+    """Does learn_cpu.c compute the model, as a Learner has it?"""
     alone = place.processes == 1 or place.copied
     on_cpu = place.device.type == "cpu" and alone and not checkpointing
-    return on_cpu and layers_cpu.fits(config, place.dtype)
+    return on_cpu and learn_cpu.fits(config, place.dtype)
 
 
 def activation_bytes(config, tokens, place, checkpointing):
-    """What the forward pass of so many tokens keeps for the backward pass, but for the logits, in bytes."""
+    """What the forward pass of so many tokens keeps for the backward pass, but for the logits, in bytes; where
+    learn_cpu.c computes, all that it needs of memory."""
+    if in_c(config, place, checkpointing):
+        T = min(config.block_size, tokens)
+        return sum(learn_cpu.needed_bytes(config, place.dtype, tokens // T, T))
     C, L, modern = config.n_embd, config.n_layer, isinstance(config, ModernConfig)
     ends = ((2 if modern else 1) * place.stream + place.item + (place.mask if config.dropout > 0 else 0)) * C
     ends += 8 * (config.ngram - 1) if modern else 0  # which row of the table each run of tokens has
     if checkpointing:  # the stream between the layers, and all of the one layer that is being computed again
         return tokens * (L * place.stream * C + layer_bytes(config, place) + ends)
-    if in_c(config, place, checkpointing):
-        return sum(layers_cpu.planned_bytes(config, tokens, place.dtype)) + tokens * ends
     one_matrix = 3 * C * C * place.item if modern else 0  # queries', keys' and values' matrices put together
     return tokens * (L * layer_bytes(config, place) + ends) + L * one_matrix
 
@@ -273,9 +275,15 @@ def evaluation_bytes(config, tokens, place):
     return tokens * max(layer * C, ngrams, 2 * 4 * C + logits * config.vocab_size)
 
 
+def read_only_tables(model):
+    """The tables from which vectors of tokens, positions or n-grams are read, and with which nothing is multiplied."""
+    tables = [module for module in model.modules() if isinstance(module, torch.nn.Embedding)]
+    return [table for table in tables if table.weight is not model.lm_head.weight]
+
+
 def gathered_bytes(model, item):
     """What a sharded model has whole at one time: a layer, the next one on its way, and what belongs to no layer."""
-    layers = layers_cpu.blocks(model)
+    layers = learn_cpu.blocks(model)
     layer = sum(p.numel() for p in layers[0].parameters())
     return item * (min(2, len(layers)) * layer + sum(p.numel() for p in model.parameters()) - len(layers) * layer)
 
@@ -321,24 +329,27 @@ def memory(model, options, place, data):
     if data is not None:
         batch = options.batch_size * options.gradient_accumulation_steps * options.block_size
         always.append(("text and batch", data.nbytes + 3 * 8 * batch, f"{len(data.train) + len(data.val):,} tokens"))
-    if in_c(config, place, options.gradient_checkpointing):
-        in_layers = sum(p.numel() for p in layers_cpu.blocks(model).parameters())
-        always.append(("weights laid out", 2 * item * in_layers, "of the layers, for layers_cpu.c"))
-        always.append(("gradients of each part", at_once * 4 * in_layers, f"{at_once} x float32, of the layers"))
     tokens, times = rows * config.block_size, f"{at_once} x " if at_once > 1 else ""
     kept = activation_bytes(config, tokens, place, options.gradient_checkpointing)
+    activations = ("activations", at_once * kept, f"of {times}{tokens:,} tokens")
     step = [
         ("gradients", weights, kept_by),
-        ("activations", at_once * kept, f"of {times}{tokens:,} tokens"),
+        activations,
         ("logits", at_once * logit_bytes(config, tokens), f"{times}{tokens:,} x {config.vocab_size:,}"),
     ]
-    if place.shard:
+    by_c = in_c(config, place, options.gradient_checkpointing)
+    if by_c:
+        multiplied = weights - 4 * sum(table.weight.numel() for table in read_only_tables(model))
+        always.append(("weights laid out", 2 * item * multiplied // 4, "for learn_cpu.c"))
+        step = [("gradients", at_once * weights, f"{times}float32"), activations]
+    elif place.shard:
         step.insert(1, ("gradients not yet shared", gathered * 4 // item, "float32, of as many"))
     elif on_cpu or place.copied:
         step.insert(1, ("gradients of each part", at_once * products, f"{times}{name}"))
-    if on_cpu:
+    if on_cpu and not by_c:
         spare = SPARE_RECOMPUTED if options.gradient_checkpointing else SPARE
         step.append(("freed but not given back", spare * at_once * kept, f"by the C library, about {spare:.0%}"))
+    if on_cpu:
         always.append(("copies while saving", 2 * weights + means, "written beside the training"))
     if on_cpu and isinstance(model, Modern):
         step.append(("Muon's products", 3 * (2 * weights - means), "of the matrices"))

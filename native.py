@@ -1,4 +1,4 @@
-"""C code of ours, compiled once for the CPU that it runs on: what fused_cpu.py and layers_cpu.py have in common.
+"""C code of ours, compiled once for the CPU that it runs on: what fused_cpu.py and learn_cpu.py have in common.
 
     library("fused_cpu.c")      # its functions, by way of ctypes
 

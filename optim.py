@@ -10,7 +10,7 @@ import torch
 
 from distributed import ALONE
 from graphs import RecordedStep, can_be_recorded
-from layers_cpu import adding_up, in_c
+from learn_cpu import in_c
 from model import dice
 from sharding import by_whole_matrices, is_sharded, own, read_tensors, spread, whole
 from utils import UserError, autocast, first_problem, has_bfloat16, version
@@ -208,7 +208,8 @@ class Learner:
     updates the float32 weights, and copies them over. Several GPUs, float16 and an Apple GPU compute under autocast,
     and the float32 weights learn.
 
-    On a CPU with AVX-512 the layers are computed in C (layers_cpu.py), all else by PyTorch.
+    On a CPU with AVX-512 loss and gradients are computed in C (learn_cpu.py), from the float32 weights. The copy is
+    then brought up to date only where PyTorch computes after all.
 
     On an NVIDIA GPU that works alone the fourth step is recorded, and replayed from then on (graphs.RecordedStep).
 
@@ -229,10 +230,11 @@ class Learner:
         self.sharded = is_sharded(model)
         self.copied = has_copy(device, dtype, processes.world, self.sharded)
         self.worker = copy.deepcopy(model).to(dtype) if self.copied else model
-        self.layers, self.sums = None, []  # where the worker's layers are computed in C, and each thread's sums there
+        self.learned, self.sums = None, []  # the model as learn_cpu.c has it, where it computes; each thread's Sums
+        self.flat = None  # all gradients in one tensor, where they lie in Sums
         alone = not self.sharded and (self.copied or processes.world == 1)  # PyTorch averages no gradients by itself
         if device.type == "cpu" and alone and not model.gradient_checkpointing:
-            self.worker, self.layers = in_c(self.worker, model)
+            self.learned = in_c(model, dtype if self.copied else torch.float32)
         self.copies = list(self.worker.parameters())
         self.averaging = None  # the DistributedDataParallel, where there is one
         if processes.world > 1 and not self.copied and not self.sharded:
@@ -282,64 +284,60 @@ class Learner:
         with autocast(self.device, self.dtype):
             return self.compute(x, y)[1]
 
-    def gradients(self, x, y, share=1.0, seed=None, weights=None):
-        """The loss of windows x, y (B, T) times share, and its gradient for each of self.copies, or of weights.
+    def gradients(self, x, y, share=1.0, seed=None):
+        """The loss of windows x, y (B, T) times share, and its gradient for each of self.copies.
 
         seed: for a thread's own dropout, where several threads compute at once.
         """
-        weights = self.copies if weights is None else weights
         dice.generator = None if seed is None else torch.Generator().manual_seed(seed)
         loss = self.loss(x, y) * share
-        gradients = torch.autograd.grad(self.scaler.scale(loss), weights, allow_unused=True)
+        gradients = torch.autograd.grad(self.scaler.scale(loss), self.copies, allow_unused=True)
         # A weight that had no part in this loss, such as that of an expert who was not asked, has a gradient of zeros.
-        return loss.detach(), [torch.zeros_like(p) if g is None else g for p, g in zip(weights, gradients)]
-
-    def gradients_in_c(self, parts, seeds, sums):
-        """The loss of several parts and their gradients, as `gradients`, but in float32 and added up.
-
-        Those of the layers are in `sums`, and good until it is used again.
-        """
-        others = [p for p in self.copies if p not in sums.gradients]
-        total, added = 0.0, None
-        sums.begin()
-        with adding_up(sums):
-            for part, seed in zip(parts, seeds):
-                loss, found = self.gradients(*part, seed, others)
-                total = total + loss
-                if added is None:
-                    added = copied_to([torch.empty_like(p, dtype=torch.float32) for p in others], found)
-                else:
-                    torch._foreach_add_(added, found)
-        found = {**sums.gradients, **dict(zip(others, added))}
-        return total, [found[p] for p in self.copies]
+        return loss.detach(), [torch.zeros_like(p) if g is None else g for p, g in zip(self.copies, gradients)]
 
     def parts(self, x, y):
         """The parts in which windows x, y go through the model: a list of (x, y, share of the windows)."""
         rows = self.rows_at_once(x.size(1))
         return [(a, b, len(a) / len(x)) for a, b in zip(x.split(rows), y.split(rows))]
 
-    def part_gradients(self, x, y):
-        """Yields the loss and gradients of each part of windows x, y, in order; they add up to those of all windows.
-
-        Where the layers are computed in C, of several parts at once: those that one thread computes, always the same.
-        """
-        parts = self.parts(x, y)
+    def part_gradients(self, parts):
+        """Yields the loss and gradients of each part, in order; they add up to those of all windows."""
         threads = self.side_by_side(len(parts))
-        run = map if threads == 1 else self.pool(threads).map
-        if self.computes_in_c(len(parts)):
-            list(run(lambda thread: self.layers.lay_out(thread, threads), range(threads)))
-            while len(self.sums) < threads:
-                self.sums.append(self.layers.sums())
-            for weight in self.weights:
-                if weight.grad is not None:  # it may lie in sums, which are about to be used again
-                    weight.grad = weight.grad.clone()
-            seeds = torch.randint(2**62, (len(parts),)).tolist()
-            shares = [(parts[i::threads], seeds[i::threads], self.sums[i]) for i in range(threads)]
-            return run(lambda share: self.gradients_in_c(*share), shares)
         if threads == 1:
             return (self.gradients(*part) for part in parts)
         seeds = torch.randint(2**62, (len(parts),)).tolist()
-        return run(lambda part, seed: self.gradients(*part, seed), parts, seeds)
+        return self.pool(threads).map(lambda part, seed: self.gradients(*part, seed), parts, seeds)
+
+    def learn_in_c(self, parts):
+        """The loss of all parts, whose gradients are added to those of the weights, by learn_cpu.c.
+
+        Each thread computes always the same parts, and adds up their gradients by itself.
+        """
+        threads = self.side_by_side(len(parts))
+        run = map if threads == 1 else self.pool(threads).map
+        list(run(lambda thread: self.learned.lay_out(thread, threads), range(threads)))
+        while len(self.sums) < threads:
+            self.sums.append(self.learned.sums())
+        had = [weight.grad for weight in self.weights]
+        if had[0] is not None:
+            had = [gradient.clone() for gradient in had]  # they may lie in Sums, which are about to be used again
+        seeds = torch.randint(2**62, (len(parts),)).tolist()
+
+        def learn(thread):
+            sums = self.sums[thread]
+            sums.begin()
+            return sum(sums.learn(*part, seed) for part, seed in list(zip(parts, seeds))[thread::threads])
+
+        total = sum(run(learn, range(threads)))
+        first, *others = self.sums[:threads]
+        for other in others:
+            first.flat.add_(other.flat)
+        self.flat = first.flat
+        for weight in self.weights:
+            weight.grad = first.gradients[weight]
+        if had[0] is not None:
+            self._add(had)
+        return torch.tensor(total)
 
     def pool(self, threads):
         """So many threads, which share the cores."""
@@ -349,10 +347,10 @@ class Learner:
         return self.pools[threads]
 
     def computes_in_c(self, parts):
-        """Are the layers of a step of so many parts computed in C? Not where most cores would have no part, nor where
-        some weights were frozen, which layers_cpu.c does not know."""
-        as_it_is = self.layers is not None and self.compute is self.worker and not self.worker.gradient_checkpointing
-        return as_it_is and 2 * parts >= torch.get_num_threads() and all(p.requires_grad for p in self.copies)
+        """Is a step of so many parts computed in C? Not where most cores would have no part, nor where some weights
+        were frozen, which learn_cpu.c does not know."""
+        as_it_is = self.learned is not None and self.compute is self.worker and not self.worker.gradient_checkpointing
+        return as_it_is and 2 * parts >= torch.get_num_threads() and all(p.requires_grad for p in self.weights)
 
     def step(self, x, y, lr_share):
         """Update the weights once from x, y (batch_size * gradient_accumulation_steps, T), or this process's share.
@@ -372,18 +370,28 @@ class Learner:
     def take_step(self, x, y, lr_share):
         """What `step` does, operation by operation. lr_share may be a tensor () on the device."""
         if getattr(self.worker, "ahead", None) is not None:  # so that at the end the next token counts alone
-            self.worker.ahead_share.zero_().add_(lr_share)
+            for computing in {self.worker, self.model}:
+                computing.ahead_share.zero_().add_(lr_share)
         total = self.add_gradients(x, y)
         for optimizer, highest in zip(self.optimizers, self.highest):
             self.scaler.unscale_(optimizer)
             for group, lr in zip(optimizer.param_groups, highest):
                 group["lr"] = lr * lr_share
-        norm = whole(torch.nn.utils.clip_grad_norm_(self.weights, self.options.grad_clip or float("inf")))
+        norm = self.clip()
         self.update((total + norm).isfinite())
         self.scaler.update()
-        if self.copied:
+        if self.copied and self.learned is None:
             self.refresh()
         return total, norm
+
+    def clip(self):
+        """Scale the gradients so that their norm is at most grad_clip; returns what it was, as a tensor."""
+        most = self.options.grad_clip or float("inf")
+        if self.flat is None:
+            return whole(torch.nn.utils.clip_grad_norm_(self.weights, most))
+        norm = self.flat.norm()
+        self.flat.mul_((most / (norm + 1e-6)).clamp(max=1))
+        return norm
 
     def update(self, good):
         """Let every optimizer step where `good`, a tensor (), is true; else none of them, and count that."""
@@ -402,14 +410,18 @@ class Learner:
 
         Of several processes, each with its own windows, all get the mean of the gradients and losses.
         """
-        total = 0.0
+        parts, total = self.parts(x, y), 0.0
         if self.averaging is None and not self.sharded:
-            for loss, gradients in self.part_gradients(x, y):
-                total = total + loss
-                self._add(gradients)
+            if self.computes_in_c(len(parts)):
+                total = self.learn_in_c(parts)
+            else:
+                if self.copied and self.learned is not None:
+                    self.refresh()
+                for loss, gradients in self.part_gradients(parts):
+                    total = total + loss
+                    self._add(gradients)
             self.processes.average([total, *(weight.grad for weight in self.weights)])
         else:
-            parts = self.parts(x, y)
             for n, (a, b, share) in enumerate(parts, 1):
                 last = n == len(parts)  # it averages what all have added up
                 with contextlib.nullcontext() if last or self.sharded else self.averaging.no_sync():
@@ -420,6 +432,7 @@ class Learner:
         return total
 
     def forget_gradients(self):
+        self.flat = None
         for optimizer in self.optimizers:
             optimizer.zero_grad(set_to_none=True)
 

@@ -1,4 +1,4 @@
-/* Vectors for fused_cpu.c and layers_cpu.c: GCC's and Clang's, a `vec` is LANES float32, `a * b` multiplies them all. */
+/* Vectors for fused_cpu.c and learn_cpu.c: GCC's and Clang's, a `vec` is LANES float32, `a * b` multiplies them all. */
 
 #include <math.h>
 #include <stdint.h>

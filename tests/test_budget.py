@@ -14,7 +14,7 @@ import torch.nn.functional as F
 
 import budget
 import graphs
-import layers_cpu
+import learn_cpu
 import model as model_module
 import modern as modern_module
 import native
@@ -134,8 +134,8 @@ def planned(config, place, rows, checkpointing=False):
 
 @pytest.fixture
 def by_pytorch(monkeypatch):
-    """As where layers are not computed in C."""
-    monkeypatch.setattr(layers_cpu, "fits", lambda config, dtype: False)
+    """As where learn_cpu.c does not compute."""
+    monkeypatch.setattr(learn_cpu, "fits", lambda config, dtype: False)
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
@@ -224,18 +224,21 @@ def test_a_part_of_a_step_takes_at_most_what_is_planned(by_pytorch, arch, vocab_
     assert found == pytest.approx(expected, rel=0.12)
 
 
-@pytest.mark.skipif(layers_cpu.unsuited(torch.float32) is not None or not native.compiler(), reason="not in C here")
+@pytest.mark.skipif(learn_cpu.unsuited(torch.float32) is not None or not native.compiler(), reason="not in C here")
 @pytest.mark.parametrize("arch", ARCHS)
-def test_what_a_part_takes_whose_layers_are_computed_in_c_is_planned(arch):
+def test_what_a_part_takes_that_is_computed_in_c_is_planned(arch):
     config = make_config(arch, dropout=0.1, **(dict(ahead=4) if arch == "modern" else {}))
-    learner = Learner(make_model(config).train(), make_options(arch=arch), CPU, torch.float32)
+    model, options = make_model(config).train(), make_options(arch=arch, n_embd=config.n_embd)
+    learner = Learner(model, options, CPU, torch.float32)
     x = torch.zeros(8, config.block_size, dtype=torch.int64)
     assert budget.in_c(config, make_place(), checkpointing=False)
-    sums = learner.layers.sums()
-    expected = budget.activation_bytes(config, x.numel(), make_place(), False) + budget.logit_bytes(config, x.numel())
-    expected += sum(4 * p.numel() for p in learner.weights if p not in sums.gradients)  # the other gradients
-    found = most_allocated(lambda: learner.gradients_in_c([(x, x, 1.0)], [1], sums))
-    assert found == pytest.approx(expected, rel=0.12)
+    found = most_allocated(lambda: learner.learned.sums().learn(x, x, 1.0, 0))
+    gradients = sum(4 * p.numel() for p in learner.weights)
+    assert found == pytest.approx(budget.activation_bytes(config, x.numel(), make_place(), False) + gradients, rel=0.05)
+    always, _, _ = budget.memory(learner.model, options, make_place(), None)
+    matrices = [m for block in learner.learned.blocks for m in block.matrices.values()] + [learner.learned.head]
+    laid_out = sum(m.panels.nbytes for m in matrices)
+    assert {part: size for part, size, _ in always}["weights laid out"] == pytest.approx(laid_out, rel=0.05)
 
 
 @pytest.mark.parametrize("vocab_size", [97, 4000])

@@ -401,7 +401,7 @@ def test_dropout_side_by_side_can_be_repeated_and_differs_from_part_to_part_and_
     losses = []
     for seed in (1, 1, 2):
         torch.manual_seed(seed)
-        losses.append([[loss.item() for loss, _ in learner.part_gradients(x, y)] for _ in range(2)])
+        losses.append([[loss.item() for loss, _ in learner.part_gradients(learner.parts(x, y))] for _ in range(2)])
     assert losses[0] == losses[1] != losses[2]
     assert len({loss for step in losses[0] + losses[2] for loss in step}) == 16
 

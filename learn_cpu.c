@@ -1,14 +1,15 @@
-/* The layers of a GPT while it learns on a CPU: layers_cpu.py says of which model, and checks that it is right.
+/* The loss of a GPT and its gradients on a CPU: learn_cpu.py says of which model, and checks that it is right.
 
 PyTorch takes some 120 operations for a layer, forward and backward, and each writes to memory what the next reads
-again. Here all layers are two calls, forward() and backward(), of one thread; other threads have other windows. Between
-two products of matrices all is done with a STRIP of positions at a time, which stay in the cache.
+again. Here the whole model is one call, learn(), of one thread; other threads have other windows. Between two products
+of matrices all is done with a STRIP of positions at a time, which stay in the cache.
 
 R = B * T rows: T positions of each of B windows. Numbers that are multiplied, and those kept for the way back, are
 `num`: float32, or bfloat16 where compiled with -DBFLOAT16. All else is float32.
 
-    forward     x -> norm -> c_attn -> attention -> c_proj, added to x -> norm -> c_fc -> bent -> c_proj, added -> out
-    backward    d_out -> the same from its end to its beginning -> d_x, and the gradients of all weights, added up
+    tokens -> their vectors -> x
+    each layer: x -> norm -> c_attn -> attention -> c_proj, added to x -> norm -> c_fc -> bent -> c_proj, added
+    x -> norm -> logits -> loss -> all gradients, the same way back
 
 A product x W^T sums over 4-byte `unit`s, a float32 or two bfloat16, which one instruction (vdpbf16ps) multiplies and
 adds. Its left side are rows as they are; its right side is laid out in panels of LANES columns, (N / LANES, K, LANES)
@@ -16,7 +17,8 @@ units, so that one load brings a unit of each column. */
 
 #include "vectors.h"
 
-enum { STRIP = 32 }; /* rows; a multiple of ROWS, LANES and 2 */
+enum { STRIP = 32 };   /* rows; a multiple of ROWS, LANES and 2 */
+enum { LONGEST = 16 }; /* tokens in a run that has a vector: modern.LONGEST */
 #if defined(__AVX512F__)
 enum { ROWS = 8 }; /* of a tile, 2 * LANES wide, whose sums fit into the registers */
 #else
@@ -47,7 +49,7 @@ static inline vec multiplied(vec sum, unit a, ints b) {
 }
 #endif
 
-/* What layers_cpu.py fills in; its classes have the same fields in the same order. */
+/* What learn_cpu.py fills in; its classes have the same fields in the same order. */
 
 typedef struct { /* nn.Linear */
     int32_t N, K;
@@ -63,42 +65,40 @@ typedef struct { /* LayerNorm; all NULL where nothing is learned */
 } Norm;
 
 typedef struct {
-    int32_t C, H;
-    int32_t modern;           /* modern.Block, not model.Block */
+    int32_t threshold;        /* of 256: how many numbers dropout sets to zero */
+    uint64_t seed;
+} Dropout;
+
+typedef struct {
     Linear attn, attn_proj, fc, fc_proj;
     Norm norm_1, norm_2;
     const float *shift;       /* (C,): how much of the position before flows in; or NULL */
     float *d_shift;
-    const float *cos, *sin;   /* (T, D): queries and keys are normed and turned; or NULL */
-    /* What prepared() fills in, from the Pass: */
-    int32_t B, T, threshold, add;
-    const int64_t *seeds;     /* (3,): of the dropout, see WEIGHTS */
-    const num *x;             /* (R, C) */
-    num *out;
-    char *kept;
 } Layer;
 
 typedef struct {
-    int32_t B, T, layers;
-    int32_t threshold;        /* of 256: how many numbers dropout sets to zero */
-    int32_t add;              /* are gradients of matrices added to what is there? those of vectors always are */
-    const int64_t *seeds;     /* (layers, 3) */
-    const num *x, *d_out;     /* (R, C): what the first layer reads, and the gradient of what the last one makes */
-    num *out, *d_x;           /* (R, C) */
+    int32_t modern;           /* modern.Modern, not model.GPT */
+    int32_t C, H, V, layers;
+    int32_t foretold;         /* how many of the tokens behind it each position foretells */
+    int32_t ngram, ngram_rows;
+    const Layer *layer;
+    const float *wte, *wpe, *ngrams; /* (V, C), (T, C) or NULL, (ngram_rows, C) or NULL */
+    float *d_wte, *d_wpe, *d_ngrams;
+    const int64_t *factors;   /* (ngram,) */
+    const float *cos, *sin;   /* (T, D): queries and keys are normed and turned; or NULL */
+    Norm norm;
+    Linear head;              /* (foretold * wide(V), C), V rows and zeros for each; its gradient (foretold * V, C) */
+} Model;
+
+typedef struct {
+    int32_t B, T;
+    int32_t threshold;        /* of all dropout */
+    int32_t add;              /* are gradients of matrices added to what is there? all others always are */
+    uint64_t seed;
+    float share, ahead_share; /* by how much the loss is multiplied, and by how much more that of further tokens */
+    const int64_t *idx, *targets; /* (B, T); of a target of -1 there is no loss */
     char *kept, *scratch;     /* as large as sizes() says */
 } Pass;
-
-/* What backward() needs of forward(), besides x. */
-typedef struct {
-    num *qkv;      /* (R, 3, H, D), normed and turned where they are */
-    num *y;        /* (R, C): what attention gathered */
-    num *middle;   /* (R, C): x behind attention */
-    num *wide;     /* (R, 4C): before it is bent */
-    float *total;  /* (B, H, T): log of the sum of e^score */
-    float *scales; /* (R, 2, H): by how much norming multiplied queries and keys */
-    num *out;      /* (R, C): what the layer made, for the next one */
-    char *end;
-} Kept;
 
 static void *take(char **place, size_t bytes) {
     char *here = *place;
@@ -111,19 +111,102 @@ static int round_up(int n, int unit) { return (n + unit - 1) / unit * unit; }
 /* How many rows the strip has that begins at `first`, of `all` rows. */
 static int rows_of_strip(int first, int all) { return all - first < STRIP ? all - first : STRIP; }
 
-static Kept keep(const Layer *l, char *place) {
-    size_t R = round_up(l->B * l->T, STRIP), C = l->C; /* tiles read some rows too many */
+/* V, filled up to whole vectors. */
+static int wide(int V) { return round_up(V, LANES); }
+
+/* What the backward pass needs of a layer's forward pass. */
+typedef struct {
+    num *x;        /* (R, C): what it reads */
+    num *qkv;      /* (R, 3, H, D), normed and turned where they are */
+    num *y;        /* (R, C): what attention gathered */
+    num *middle;   /* (R, C): x behind attention */
+    num *wide;     /* (R, 4C): before it is bent */
+    float *total;  /* (B, H, T): log of the sum of e^score */
+    float *scales; /* (R, 2, H): by how much norming multiplied queries and keys */
+    char *end;
+} Kept;
+
+static Kept keep(const Model *model, const Pass *pass, char *place) {
+    size_t R = round_up(pass->B * pass->T, STRIP), C = model->C; /* tiles read some rows too many */
     Kept k;
+    k.x = take(&place, R * C * sizeof(num));
     k.qkv = take(&place, 3 * R * C * sizeof(num));
     k.y = take(&place, R * C * sizeof(num));
     k.middle = take(&place, R * C * sizeof(num));
     k.wide = take(&place, 4 * R * C * sizeof(num));
-    k.total = take(&place, R * l->H * sizeof(float));
-    k.scales = take(&place, 2 * R * l->H * sizeof(float));
-    k.out = take(&place, R * C * sizeof(num));
+    k.total = take(&place, R * model->H * sizeof(float));
+    k.scales = take(&place, 2 * R * model->H * sizeof(float));
     k.end = place;
     return k;
 }
+
+/* Memory for one head of attention, where a strip of queries sees up to T keys. */
+typedef struct {
+    unit *rows_k, *rows_v, *columns_k, *columns_v, *columns_q, *columns_d; /* in panels: (T, D) each */
+    unit *columns_w, *columns_s;             /* (T, T): weights and the scores' gradients */
+    float *scores, *d_weights, *out;         /* (STRIP, T), (STRIP, T), (STRIP, D) */
+    num *w, *s;                              /* (STRIP, T) */
+} Room;
+
+static Room make_room(const Model *model, const Pass *pass, char **place) {
+    size_t T = round_up(pass->T, STRIP), D = model->C / model->H;
+    Room r;
+    unit **panels[] = {&r.rows_k, &r.rows_v, &r.columns_k, &r.columns_v, &r.columns_q, &r.columns_d};
+    for (int i = 0; i < 6; i++) *panels[i] = take(place, T * D * sizeof(num));
+    r.columns_w = take(place, T * T * sizeof(num));
+    r.columns_s = take(place, T * T * sizeof(num));
+    r.scores = take(place, STRIP * T * sizeof(float));
+    r.d_weights = take(place, STRIP * T * sizeof(float));
+    r.out = take(place, STRIP * D * sizeof(float));
+    r.w = take(place, STRIP * T * sizeof(num));
+    r.s = take(place, STRIP * T * sizeof(num));
+    return r;
+}
+
+/* Memory that each layer uses anew. N is 4C, or foretold * wide(V) where that is more. */
+typedef struct {
+    Room room;
+    float *row, *h;                           /* (2, C), (C,) */
+    float *product;                           /* (STRIP, N) */
+    num *strip;                               /* (STRIP, N) */
+    num *out, *d_x, *d_middle, *d_y, *d_qkv;  /* (R, C), but d_qkv (R, 3C) */
+    unit *in, *d_sum, *bent, *d_wide, *d_in;  /* panels: (R, C), (R, C), (R, 4C), (R, N), (R, 3C) */
+    char *end;
+} Scratch;
+
+static Scratch make_scratch(const Model *model, const Pass *pass, char *place) {
+    size_t R = round_up(pass->B * pass->T, STRIP), C = model->C, N = model->foretold * wide(model->V);
+    if (N < 4 * C) N = 4 * C;
+    Scratch s;
+    s.room = make_room(model, pass, &place);
+    s.row = take(&place, 2 * C * sizeof(float));
+    s.h = take(&place, C * sizeof(float));
+    s.product = take(&place, STRIP * N * sizeof(float));
+    s.strip = take(&place, STRIP * N * sizeof(num));
+    s.out = take(&place, R * C * sizeof(num));
+    s.d_x = take(&place, R * C * sizeof(num));
+    s.d_middle = take(&place, R * C * sizeof(num));
+    s.d_y = take(&place, R * C * sizeof(num));
+    s.d_qkv = take(&place, 3 * R * C * sizeof(num));
+    s.in = take(&place, R * C * sizeof(num));
+    s.d_sum = take(&place, R * C * sizeof(num));
+    s.bent = take(&place, 4 * R * C * sizeof(num));
+    s.d_wide = take(&place, N * R * sizeof(num));
+    s.d_in = s.d_wide; /* which is no longer needed then */
+    s.end = place;
+    return s;
+}
+
+/* A layer in a pass. */
+typedef struct {
+    const Layer *weights;
+    const float *cos, *sin;
+    int R, T, C, H, modern, add;
+    Dropout dropout[3];       /* see WEIGHTS */
+    num *out;                 /* (R, C): what the next one reads */
+    Kept kept;
+    Scratch scratch;
+} Now;
 
 /* ---------------------------------------------------------------------------------------------------------------------
    Products */
@@ -203,10 +286,20 @@ static void lanes_are_columns(const num *x, size_t ld, int R, int filled, int N,
         }
 }
 
-/* Lay out rows `first` to `first` + R - 1 of a weight (N, K) from the R given, for Linear.forward and .backward. */
-void lay_out(const num *weight, int R, int N, int K, int first, unit *forward, unit *backward) {
-    lanes_are_rows(weight, K, R, R, K, forward + (size_t)first * K / PAIR, (size_t)K / PAIR * LANES);
-    lanes_are_columns(weight, K, R, R, K, backward + (size_t)first / PAIR * LANES, (size_t)N / PAIR * LANES);
+/* Lay out R rows, and zeros behind them up to `filled`, as rows `first` and following of a weight (N, K), for
+   Linear.forward and .backward. */
+void lay_out(const float *weight, int R, int filled, int first, int N, int K, unit *forward, unit *backward) {
+    num some[LANES * LANES];
+    for (int r = 0; r < filled; r += LANES)
+        for (int k = 0; k < K; k += LANES) {
+            for (int i = 0; i < LANES; i++)
+                to(some + i * LANES, r + i < R ? load(weight + (size_t)(r + i) * K + k) : all(0));
+            size_t row = first + r, by_row = (size_t)K / PAIR * LANES, by_column = (size_t)N / PAIR * LANES;
+            unit *rows = forward + row / LANES * by_row + k / PAIR * LANES;
+            lanes_are_rows(some, LANES, LANES, LANES, LANES, rows, by_row);
+            unit *columns = backward + k / LANES * by_column + row / PAIR * LANES;
+            lanes_are_columns(some, LANES, LANES, LANES, LANES, columns, by_column);
+        }
 }
 
 /* Y (M, N) = x W^T of rows x (M, K). */
@@ -240,7 +333,7 @@ static inline ints lane_numbers(void) {
     return i;
 }
 
-enum { WEIGHTS, FIRST_SUM, SECOND_SUM }; /* where there is dropout: in attention, and before each addition to x */
+enum { WEIGHTS, FIRST_SUM, SECOND_SUM }; /* where a layer has dropout: in attention, and before it adds to x */
 
 /* Mix the bits of each number (Wellons 2018, "Prospecting for hash functions", lowbias32). */
 typedef uint32_t bits __attribute__((vector_size(4 * LANES)));
@@ -251,22 +344,29 @@ static inline bits mixed(bits x) {
 }
 
 /* With what dropout multiplies LANES numbers from the i-th on: 0, or what keeps their mean. Each is decided by a number
-   that is made of i and the seed alone, so that backward() decides as forward() did; as in model.dropout by 8 bits. */
-static inline vec survivors(const Layer *l, int place, uint64_t i) {
-    bits x = mixed((bits)lane_numbers() + (uint32_t)(i + l->seeds[place]));
-    x = mixed(x + (uint32_t)(l->seeds[place] >> 32) + (uint32_t)(i >> 32));
-    ints kept = (ints)(x >> 24) >= l->threshold;
-    return where(kept, all(256.0f / (256 - l->threshold)), all(0));
+   that is made of i and the seed alone, so that the way back decides as the way there did; as in model.dropout by 8
+   bits. */
+static inline vec survivors(Dropout d, uint64_t i) {
+    bits x = mixed((bits)lane_numbers() + (uint32_t)(i + d.seed));
+    x = mixed(x + (uint32_t)(d.seed >> 32) + (uint32_t)(i >> 32));
+    ints kept = (ints)(x >> 24) >= d.threshold;
+    return where(kept, all(256.0f / (256 - d.threshold)), all(0));
 }
 
-static inline vec dropped(const Layer *l, int place, uint64_t i, vec v) {
-    return l->threshold ? v * survivors(l, place, i) : v;
+static inline vec dropped(Dropout d, uint64_t i, vec v) { return d.threshold ? v * survivors(d, i) : v; }
+
+/* The n-th dropout of a pass: 0 is that of the vectors of tokens, then come each layer's. Its seed is the n-th number of
+   splitmix64 (Steele et al. 2014). */
+static Dropout dropout(const Pass *pass, int n) {
+    uint64_t x = pass->seed + (n + 1) * 0x9e3779b97f4a7c15u;
+    x = (x ^ x >> 30) * 0xbf58476d1ce4e5b9u;
+    x = (x ^ x >> 27) * 0x94d049bb133111ebu;
+    return (Dropout){pass->threshold, x ^ x >> 31};
 }
 
-/* What dropout multiplies the first n numbers with, for layers_cpu.py's trial. */
-void masks(const Pass *pass, int place, int64_t n, float *out) {
-    Layer l = {.threshold = pass->threshold, .seeds = pass->seeds};
-    for (int64_t i = 0; i < n; i += LANES) store(out + i, survivors(&l, place, i));
+/* What the n-th dropout multiplies the first `count` numbers with, for learn_cpu.py's trial. */
+void masks(const Pass *pass, int n, int64_t count, float *out) {
+    for (int64_t i = 0; i < count; i += LANES) store(out + i, survivors(dropout(pass, n), i));
 }
 
 /* In attention numbers are counted in rows of so many. */
@@ -347,13 +447,13 @@ static void add_to(float *total, const float *x, int n) {
 }
 
 /* What attention reads: x normed -> h, in a modern layer with a share of the position before, normed -> x + C. */
-static float first_norm(const Layer *l, int row, float *x, float *h) {
+static float first_norm(const Now *l, int row, float *x, float *h) {
     int C = l->C;
-    float scale = norm_row(&l->norm_1, l->x + (size_t)row * C, x, h, C);
-    if (l->shift && row % l->T) {
+    float scale = norm_row(&l->weights->norm_1, l->kept.x + (size_t)row * C, x, h, C);
+    if (l->weights->shift && row % l->T) {
         float *before = x + C;
-        norm_row(&l->norm_1, l->x + (size_t)(row - 1) * C, before, before, C);
-        for (int i = 0; i < C; i += LANES) store(h + i, load(h + i) + load(before + i) * load(l->shift + i));
+        norm_row(&l->weights->norm_1, l->kept.x + (size_t)(row - 1) * C, before, before, C);
+        for (int i = 0; i < C; i += LANES) store(h + i, load(h + i) + load(before + i) * load(l->weights->shift + i));
     }
     return scale;
 }
@@ -361,31 +461,17 @@ static float first_norm(const Layer *l, int row, float *x, float *h) {
 /* ---------------------------------------------------------------------------------------------------------------------
    Attention: each head of each window by itself, a strip of queries at a time, with those keys only that they may see */
 
-typedef struct {
-    unit *rows_k, *rows_v, *columns_k, *columns_v, *columns_q, *columns_d; /* in panels: (T, D) each */
-    unit *columns_w, *columns_s;             /* (T, T): weights and the scores' gradients */
-    float *scores, *d_weights, *out;         /* (STRIP, T), (STRIP, T), (STRIP, D) */
-    num *w, *s;                              /* (STRIP, T) */
-} Room;
-
-static Room make_room(const Layer *l, char **place) {
-    size_t T = round_up(l->T, STRIP), C = l->C, D = C / l->H;
-    Room r;
-    unit **panels[] = {&r.rows_k, &r.rows_v, &r.columns_k, &r.columns_v, &r.columns_q, &r.columns_d};
-    for (int i = 0; i < 6; i++) *panels[i] = take(place, T * D * sizeof(num));
-    r.columns_w = take(place, T * T * sizeof(num));
-    r.columns_s = take(place, T * T * sizeof(num));
-    r.scores = take(place, STRIP * T * sizeof(float));
-    r.d_weights = take(place, STRIP * T * sizeof(float));
-    r.out = take(place, STRIP * D * sizeof(float));
-    r.w = take(place, STRIP * T * sizeof(num));
-    r.s = take(place, STRIP * T * sizeof(num));
-    return r;
-}
-
 static inline vec larger(vec a, vec b) { return where(a > b, a, b); }
 
-static void attend(const Layer *l, const Kept *kept, const Room *room, int b, int h) {
+static inline float largest(vec v) {
+    float most = v[0];
+    for (int j = 1; j < LANES; j++) most = v[j] > most ? v[j] : most;
+    return most;
+}
+
+static void attend(const Now *l, int b, int h) {
+    const Kept *kept = &l->kept;
+    const Room *room = &l->scratch.room;
     int T = l->T, C = l->C, D = C / l->H, W = round_up(T, STRIP);
     const num *q = kept->qkv + (size_t)b * T * 3 * C + h * D, *k = q + C, *v = k + C;
     size_t by_position = (size_t)D / PAIR * LANES, by_channel = (size_t)W / PAIR * LANES;
@@ -405,8 +491,7 @@ static void attend(const Layer *l, const Kept *kept, const Room *room, int b, in
                 most = larger(x, most);
                 store(s + j, x);
             }
-            float top = most[0];
-            for (int j = 1; j < LANES; j++) top = most[j] > top ? most[j] : top;
+            float top = largest(most);
             for (int j = 0; j < seen; j += LANES) {
                 vec e = where(lane_numbers() + j > t, all(0), exponential(load(s + j) - top));
                 total += e;
@@ -416,7 +501,7 @@ static void attend(const Layer *l, const Kept *kept, const Room *room, int b, in
             kept->total[row] = top + logf(all_of_it);
             for (int j = 0; j < seen; j += LANES)
                 to(room->w + (size_t)i * W + j,
-                   dropped(l, WEIGHTS, row * mask_width(T) + j, load(s + j) / all_of_it));
+                   dropped(l->dropout[WEIGHTS], row * mask_width(T) + j, load(s + j) / all_of_it));
         }
         rows_times(room->w, W, m, room->columns_v, by_channel, D, seen, room->out, D);
         for (int i = 0; i < m; i++)
@@ -425,31 +510,31 @@ static void attend(const Layer *l, const Kept *kept, const Room *room, int b, in
 }
 
 /* A strip of the gradients of queries (which = 0), keys (1) or values (2), from `out` to d_qkv. */
-static void store_strip(
-    const Layer *l, const Kept *kept, const Room *room, num *d_qkv, int b, int h, int first, int m, int which) {
+static void store_strip(const Now *l, int b, int h, int first, int m, int which) {
     int C = l->C, D = C / l->H;
     float x[D];
     for (int i = 0; i < m; i++) {
         size_t row = (size_t)b * l->T + first + i, place = row * 3 * C + which * C + h * D;
-        float *d = room->out + i * D;
+        float *d = l->scratch.room.out + i * D;
         if (l->cos && which < 2) { /* they were normed, then turned */
             const float *cos = l->cos + (size_t)(first + i) * D, *sin = l->sin + (size_t)(first + i) * D;
-            copy_row(kept->qkv + place, x, D);
+            copy_row(l->kept.qkv + place, x, D);
             turn(x, cos, sin, D, -1);
             turn(d, cos, sin, D, -1);
-            normed_backward(x, d, D, kept->scales[(row * 2 + which) * l->H + h]);
+            normed_backward(x, d, D, l->kept.scales[(row * 2 + which) * l->H + h]);
         }
-        round_row(d, d_qkv + place, D);
+        round_row(d, l->scratch.d_qkv + place, D);
     }
 }
 
 /* d_y (R, C) -> d_qkv (R, 3C). The weights are computed again, from what is kept of each row's sum
    (Dao et al. 2022, FlashAttention). */
-static void attend_backward(
-    const Layer *l, const Kept *kept, const Room *room, const num *d_y, num *d_qkv, int b, int h) {
+static void attend_backward(const Now *l, int b, int h) {
+    const Kept *kept = &l->kept;
+    const Room *room = &l->scratch.room;
     int T = l->T, C = l->C, D = C / l->H, W = round_up(T, STRIP);
     const num *q = kept->qkv + (size_t)b * T * 3 * C + h * D, *k = q + C, *v = k + C;
-    const num *d = d_y + (size_t)b * T * C + h * D, *y = kept->y + (size_t)b * T * C + h * D;
+    const num *d = l->scratch.d_y + (size_t)b * T * C + h * D, *y = kept->y + (size_t)b * T * C + h * D;
     size_t by_position = (size_t)D / PAIR * LANES, by_channel = (size_t)W / PAIR * LANES;
     float scale = 1 / sqrtf(D);
     lanes_are_rows(k, 3 * C, T, W, D, room->rows_k, by_position);
@@ -470,7 +555,7 @@ static void attend_backward(
             for (int j = 0; j < seen; j += LANES) {
                 vec w = exponential(load(room->scores + (size_t)i * W + j) * scale - total);
                 w = where(lane_numbers() + j > t, all(0), w);
-                vec keep = dropped(l, WEIGHTS, row * mask_width(T) + j, all(1));
+                vec keep = dropped(l->dropout[WEIGHTS], row * mask_width(T) + j, all(1));
                 to(room->w + (size_t)i * W + j, w * keep);
                 to(room->s + (size_t)i * W + j,
                    w * (load(room->d_weights + (size_t)i * W + j) * keep - mean) * scale);
@@ -480,30 +565,30 @@ static void attend_backward(
         lanes_are_columns(room->w, W, m, STRIP, seen, room->columns_w + at, by_channel);
         lanes_are_columns(room->s, W, m, STRIP, seen, room->columns_s + at, by_channel);
         rows_times(room->s, W, m, room->columns_k, by_channel, D, seen, room->out, D);
-        store_strip(l, kept, room, d_qkv, b, h, first, m, 0);
+        store_strip(l, b, h, first, m, 0);
     }
     for (int first = 0; first < T; first += STRIP) { /* strips of keys, which are seen by the queries from there on */
         int m = rows_of_strip(first, T), units = (W - first) / PAIR;
         size_t at = (size_t)first / PAIR * LANES, panel = first / LANES * by_channel + at;
         columns_times(
             room->columns_s + panel, by_channel, STRIP, room->columns_q + at, by_channel, D, units, room->out, D, 0);
-        store_strip(l, kept, room, d_qkv, b, h, first, m, 1);
+        store_strip(l, b, h, first, m, 1);
         columns_times(
             room->columns_w + panel, by_channel, STRIP, room->columns_d + at, by_channel, D, units, room->out, D, 0);
-        store_strip(l, kept, room, d_qkv, b, h, first, m, 2);
+        store_strip(l, b, h, first, m, 2);
     }
 }
 
 /* ---------------------------------------------------------------------------------------------------------------------
    The layer */
 
-static inline vec bent(const Layer *l, vec x) {
+static inline vec bent(const Now *l, vec x) {
     if (l->modern) return where(x < 0.0f, all(0), x * x);
     return x * gelu_gate(x);
 }
 
 /* The derivative of bent; *value: bent(x). */
-static inline vec slope(const Layer *l, vec x, vec *value) {
+static inline vec slope(const Now *l, vec x, vec *value) {
     if (l->modern) {
         vec above = where(x < 0.0f, all(0), x);
         *value = above * above;
@@ -514,60 +599,30 @@ static inline vec slope(const Layer *l, vec x, vec *value) {
     return gate + *value * (1 - gate) * 1.5957691216f * (1 + 0.134145f * x * x);
 }
 
-typedef struct {
-    Room room;
-    float *row, *h;                           /* (2, C), (C,) */
-    float *product;                           /* (STRIP, 4C) */
-    num *strip;                               /* (STRIP, 4C) */
-    num *d_middle, *d_y, *d_qkv;              /* (R, C), (R, C), (R, 3C) */
-    unit *in, *d_in, *bent, *d_wide, *d_sum;  /* panels: (R, C), (R, 3C), (R, 4C), (R, 4C), (R, C) */
-    char *end;
-} Scratch;
-
-static Scratch make_scratch(const Layer *l, char *place) {
-    size_t R = round_up(l->B * l->T, STRIP), C = l->C;
-    Scratch s;
-    s.room = make_room(l, &place);
-    s.row = take(&place, 2 * C * sizeof(float));
-    s.h = take(&place, C * sizeof(float));
-    s.product = take(&place, STRIP * 4 * C * sizeof(float));
-    s.strip = take(&place, STRIP * 4 * C * sizeof(num));
-    s.d_middle = take(&place, R * C * sizeof(num));
-    s.d_y = take(&place, R * C * sizeof(num));
-    s.d_qkv = take(&place, 3 * R * C * sizeof(num));
-    s.in = take(&place, R * C * sizeof(num));
-    s.d_sum = take(&place, R * C * sizeof(num));
-    s.bent = take(&place, 4 * R * C * sizeof(num));
-    s.d_wide = take(&place, 4 * R * C * sizeof(num));
-    s.d_in = s.d_wide; /* which is no longer needed then */
-    s.end = place;
-    return s;
-}
-
 /* x + dropout(product + bias), in place of product. */
-static void add_sum(const Layer *l, const Linear *linear, int place, size_t row, const float *x, float *product) {
+static void add_sum(const Now *l, const Linear *linear, int place, size_t row, const float *x, float *product) {
     for (int i = 0; i < l->C; i += LANES) {
         vec v = load(product + i);
         if (linear->bias) v += load(linear->bias + i);
-        store(product + i, load(x + i) + dropped(l, place, row * l->C + i, v));
+        store(product + i, load(x + i) + dropped(l->dropout[place], row * l->C + i, v));
     }
 }
 
-static void layer_forward(const Layer *l, char *scratch) {
-    int R = l->B * l->T, C = l->C, D = C / l->H;
-    Kept kept = keep(l, l->kept);
-    Scratch s = make_scratch(l, scratch);
+static void layer_forward(const Now *l) {
+    int R = l->R, C = l->C, D = C / l->H;
+    Kept kept = l->kept;
+    Scratch s = l->scratch;
     for (int first = 0; first < R; first += STRIP) {
         int m = rows_of_strip(first, R);
         for (int i = 0; i < m; i++) {
             first_norm(l, first + i, s.row, s.h);
             round_row(s.h, s.strip + i * C, C);
         }
-        linear(&l->attn, s.strip, m, s.product);
+        linear(&l->weights->attn, s.strip, m, s.product);
         for (int i = 0; i < m; i++) {
             float *qkv = s.product + i * 3 * C;
             size_t row = first + i, t = row % l->T;
-            if (l->attn.bias) add_to(qkv, l->attn.bias, 3 * C);
+            if (l->weights->attn.bias) add_to(qkv, l->weights->attn.bias, 3 * C);
             if (l->cos)
                 for (int h = 0; h < 2 * l->H; h++) {
                     kept.scales[row * 2 * l->H + h] = normed(qkv + h * D, D);
@@ -576,32 +631,32 @@ static void layer_forward(const Layer *l, char *scratch) {
             round_row(qkv, kept.qkv + row * 3 * C, 3 * C);
         }
     }
-    for (int b = 0; b < l->B; b++)
-        for (int h = 0; h < l->H; h++) attend(l, &kept, &s.room, b, h);
+    for (int b = 0; b < R / l->T; b++)
+        for (int h = 0; h < l->H; h++) attend(l, b, h);
     for (int first = 0; first < R; first += STRIP) {
         int m = rows_of_strip(first, R);
-        linear(&l->attn_proj, kept.y + (size_t)first * C, m, s.product);
+        linear(&l->weights->attn_proj, kept.y + (size_t)first * C, m, s.product);
         for (int i = 0; i < m; i++) {
             size_t row = first + i;
-            copy_row(l->x + row * C, s.h, C);
-            add_sum(l, &l->attn_proj, FIRST_SUM, row, s.h, s.product + i * C);
+            copy_row(l->kept.x + row * C, s.h, C);
+            add_sum(l, &l->weights->attn_proj, FIRST_SUM, row, s.h, s.product + i * C);
             round_row(s.product + i * C, kept.middle + row * C, C);
-            norm_row(&l->norm_2, kept.middle + row * C, s.row, s.h, C);
+            norm_row(&l->weights->norm_2, kept.middle + row * C, s.row, s.h, C);
             round_row(s.h, s.strip + i * C, C);
         }
-        linear(&l->fc, s.strip, m, s.product);
+        linear(&l->weights->fc, s.strip, m, s.product);
         for (int i = 0; i < m; i++)
             for (int c = 0; c < 4 * C; c += LANES) {
                 vec v = load(s.product + i * 4 * C + c);
-                if (l->fc.bias) v += load(l->fc.bias + c);
+                if (l->weights->fc.bias) v += load(l->weights->fc.bias + c);
                 to(kept.wide + (size_t)(first + i) * 4 * C + c, v);
                 to(s.strip + i * 4 * C + c, bent(l, v));
             }
-        linear(&l->fc_proj, s.strip, m, s.product);
+        linear(&l->weights->fc_proj, s.strip, m, s.product);
         for (int i = 0; i < m; i++) {
             size_t row = first + i;
             copy_row(kept.middle + row * C, s.h, C);
-            add_sum(l, &l->fc_proj, SECOND_SUM, row, s.h, s.product + i * C);
+            add_sum(l, &l->weights->fc_proj, SECOND_SUM, row, s.h, s.product + i * C);
             round_row(s.product + i * C, l->out + row * C, C);
         }
     }
@@ -610,131 +665,244 @@ static void layer_forward(const Layer *l, char *scratch) {
 /* Of a strip of the gradient of a sum (m, C): the part that went through dropout -> d (m, C), its panels, and the
    gradient of the bias. */
 static void dropped_backward(
-    const Layer *l, const Linear *linear, int place, int first, int m, const num *d_sum, num *d, unit *panels,
+    const Now *l, const Linear *linear, int place, int first, int m, const num *d_sum, num *d, unit *panels,
     size_t panel) {
     int C = l->C;
     for (int i = 0; i < m; i++)
         for (int c = 0; c < C; c += LANES) {
             size_t at = (size_t)(first + i) * C + c;
-            vec v = dropped(l, place, at, from(d_sum + at));
+            vec v = dropped(l->dropout[place], at, from(d_sum + at));
             if (linear->bias) store(linear->d_bias + c, load(linear->d_bias + c) + v);
             to(d + i * C + c, v);
         }
     lanes_are_columns(d, C, m, STRIP, C, panels + (size_t)first / PAIR * LANES, panel);
 }
 
-/* d_out and d_x may be the same place. */
-static void layer_backward(const Layer *l, const num *d_out, num *d_x, char *scratch) {
-    int R = l->B * l->T, C = l->C, filled = round_up(R, STRIP);
+/* d_x: the gradient of what the layer made, in whose place comes that of what it read. */
+static void layer_backward(const Now *l, num *d_x) {
+    int R = l->R, C = l->C, filled = round_up(R, STRIP);
     size_t panel = (size_t)filled / PAIR * LANES;
-    Kept kept = keep(l, l->kept);
-    Scratch s = make_scratch(l, scratch);
+    Kept kept = l->kept;
+    Scratch s = l->scratch;
     for (int first = 0; first < R; first += STRIP) {
         int m = rows_of_strip(first, R);
         size_t at = (size_t)first / PAIR * LANES;
-        dropped_backward(l, &l->fc_proj, SECOND_SUM, first, m, d_out, s.strip, s.d_sum, panel);
-        linear_backward(&l->fc_proj, s.strip, m, s.product);
+        dropped_backward(l, &l->weights->fc_proj, SECOND_SUM, first, m, d_x, s.strip, s.d_sum, panel);
+        linear_backward(&l->weights->fc_proj, s.strip, m, s.product);
         num *wide = kept.wide + (size_t)first * 4 * C; /* its gradient takes s.strip, what comes of it its place */
         for (int i = 0; i < m; i++)
             for (int c = 0; c < 4 * C; c += LANES) {
                 size_t j = (size_t)i * 4 * C + c;
                 vec value, d = load(s.product + j) * slope(l, from(wide + j), &value);
-                if (l->fc.bias) store(l->fc.d_bias + c, load(l->fc.d_bias + c) + d);
+                if (l->weights->fc.bias) store(l->weights->fc.d_bias + c, load(l->weights->fc.d_bias + c) + d);
                 to(s.strip + j, d);
                 to(wide + j, value);
             }
         lanes_are_columns(wide, 4 * C, m, STRIP, 4 * C, s.bent + at, panel);
         lanes_are_columns(s.strip, 4 * C, m, STRIP, 4 * C, s.d_wide + at, panel);
-        linear_backward(&l->fc, s.strip, m, s.product);
+        linear_backward(&l->weights->fc, s.strip, m, s.product);
         for (int i = 0; i < m; i++) {
             size_t row = first + i;
             float *d = s.product + i * C;
-            float scale = norm_row(&l->norm_2, kept.middle + row * C, s.row, s.h, C);
-            norm_row_backward(&l->norm_2, s.row, d, scale, C);
+            float scale = norm_row(&l->weights->norm_2, kept.middle + row * C, s.row, s.h, C);
+            norm_row_backward(&l->weights->norm_2, s.row, d, scale, C);
             for (int c = 0; c < C; c += LANES)
-                to(s.d_middle + row * C + c, load(d + c) + from(d_out + row * C + c));
+                to(s.d_middle + row * C + c, load(d + c) + from(d_x + row * C + c));
             round_row(s.h, s.strip + i * C, C);
         }
         lanes_are_columns(s.strip, C, m, STRIP, C, s.in + at, panel);
     }
-    weight_gradient(&l->fc_proj, s.d_sum, s.bent, filled, l->add);
-    weight_gradient(&l->fc, s.d_wide, s.in, filled, l->add);
+    weight_gradient(&l->weights->fc_proj, s.d_sum, s.bent, filled, l->add);
+    weight_gradient(&l->weights->fc, s.d_wide, s.in, filled, l->add);
 
     for (int first = 0; first < R; first += STRIP) {
         int m = rows_of_strip(first, R);
-        dropped_backward(l, &l->attn_proj, FIRST_SUM, first, m, s.d_middle, s.strip, s.d_sum, panel);
-        linear_backward(&l->attn_proj, s.strip, m, s.product);
+        dropped_backward(l, &l->weights->attn_proj, FIRST_SUM, first, m, s.d_middle, s.strip, s.d_sum, panel);
+        linear_backward(&l->weights->attn_proj, s.strip, m, s.product);
         round_row(s.product, s.d_y + (size_t)first * C, m * C);
         lanes_are_columns(kept.y + (size_t)first * C, C, m, STRIP, C, s.in + (size_t)first / PAIR * LANES, panel);
     }
-    weight_gradient(&l->attn_proj, s.d_sum, s.in, filled, l->add);
+    weight_gradient(&l->weights->attn_proj, s.d_sum, s.in, filled, l->add);
 
-    for (int b = 0; b < l->B; b++)
-        for (int h = 0; h < l->H; h++) attend_backward(l, &kept, &s.room, s.d_y, s.d_qkv, b, h);
+    for (int b = 0; b < R / l->T; b++)
+        for (int h = 0; h < l->H; h++) attend_backward(l, b, h);
 
     for (int first = (R - 1) / STRIP * STRIP; first >= 0; first -= STRIP) { /* backwards: see `after` */
         int m = rows_of_strip(first, R);
         size_t at = (size_t)first / PAIR * LANES;
         num *d_qkv = s.d_qkv + (size_t)first * 3 * C;
-        if (l->attn.bias)
+        if (l->weights->attn.bias)
             for (int i = 0; i < m; i++)
                 for (int c = 0; c < 3 * C; c += LANES)
-                    store(l->attn.d_bias + c, load(l->attn.d_bias + c) + from(d_qkv + i * 3 * C + c));
+                    store(l->weights->attn.d_bias + c, load(l->weights->attn.d_bias + c) + from(d_qkv + i * 3 * C + c));
         lanes_are_columns(d_qkv, 3 * C, m, STRIP, 3 * C, s.d_in + at, panel);
-        linear_backward(&l->attn, d_qkv, m, s.product);
+        linear_backward(&l->weights->attn, d_qkv, m, s.product);
         float *after = s.product + STRIP * C, *start = after + C; /* the first row of the strip behind, and of this */
         memcpy(start, s.product, C * sizeof *start);
         for (int i = 0; i < m; i++) {
             size_t row = first + i;
             float *d = s.product + i * C, *next = i + 1 < m ? d + C : after, scale = first_norm(l, row, s.row, s.h);
-            if (l->shift)
+            if (l->weights->shift)
                 for (int c = 0; c < C; c += LANES) {
-                    if (row % l->T) store(l->d_shift + c, load(l->d_shift + c) + load(d + c) * load(s.row + C + c));
-                    if ((row + 1) % l->T) store(d + c, load(d + c) + load(next + c) * load(l->shift + c));
+                    if (row % l->T) store(l->weights->d_shift + c, load(l->weights->d_shift + c) + load(d + c) * load(s.row + C + c));
+                    if ((row + 1) % l->T) store(d + c, load(d + c) + load(next + c) * load(l->weights->shift + c));
                 }
-            norm_row_backward(&l->norm_1, s.row, d, scale, C);
+            norm_row_backward(&l->weights->norm_1, s.row, d, scale, C);
             for (int c = 0; c < C; c += LANES) to(d_x + row * C + c, load(d + c) + from(s.d_middle + row * C + c));
             round_row(s.h, s.strip + i * C, C);
         }
         memcpy(after, start, C * sizeof *start);
         lanes_are_columns(s.strip, C, m, STRIP, C, s.in + at, panel);
     }
-    weight_gradient(&l->attn, s.d_in, s.in, filled, l->add);
+    weight_gradient(&l->weights->attn, s.d_in, s.in, filled, l->add);
 }
 
 /* ---------------------------------------------------------------------------------------------------------------------
-   All layers */
+   The model: the vectors of its tokens, all layers, the loss */
 
-/* The i-th layer with what it needs of a pass. What each keeps lies behind what those before it keep. */
-static Layer prepared(const Layer *layers, const Pass *pass, int i) {
-    Layer l = layers[i];
-    l.B = pass->B, l.T = pass->T, l.threshold = pass->threshold, l.add = pass->add, l.seeds = pass->seeds + 3 * i;
-    size_t each = keep(&l, NULL).end - (char *)NULL;
-    l.kept = pass->kept + i * each;
-    l.out = i == pass->layers - 1 ? pass->out : keep(&l, l.kept).out;
-    l.x = i == 0 ? pass->x : keep(&l, l.kept - each).out;
-    return l;
-}
-
-/* How many bytes pass->kept and pass->scratch must have. Of the layers it needs C and H alone. */
-void sizes(const Layer *layers, const Pass *pass, int64_t *kept, int64_t *scratch) {
-    Layer l = *layers;
-    l.B = pass->B, l.T = pass->T;
-    *kept = pass->layers * (keep(&l, NULL).end - (char *)NULL);
-    *scratch = make_scratch(&l, NULL).end - (char *)NULL;
-}
-
-void forward(const Layer *layers, const Pass *pass) {
-    for (int i = 0; i < pass->layers; i++) {
-        Layer l = prepared(layers, pass, i);
-        layer_forward(&l, pass->scratch);
+/* Which vectors those runs of 2, 3, ... ngram tokens have that end with the t-th of a window: modern.NGrams.rows. */
+static void find_runs(const Model *model, const int64_t *idx, int t, size_t *rows) {
+    int64_t number = 0;
+    for (int back = 0; back < model->ngram; back++) {
+        number += ((back > t ? -1 : idx[t - back]) + 2) * model->factors[back];
+        if (back) rows[back - 1] = number % 2147483647 % model->ngram_rows;
     }
 }
 
-void backward(const Layer *layers, const Pass *pass) {
-    const num *d = pass->d_out;
-    for (int i = pass->layers - 1; i >= 0; i--, d = pass->d_x) {
-        Layer l = prepared(layers, pass, i);
-        layer_backward(&l, d, pass->d_x, pass->scratch);
+/* What the first layer reads of a row, before dropout -> x. Returns by how much a modern model's norm multiplied it. */
+static float embed(const Model *model, const Pass *pass, size_t row, float *x) {
+    size_t C = model->C, t = row % pass->T, runs[LONGEST];
+    memcpy(x, model->wte + pass->idx[row] * C, C * sizeof *x);
+    if (model->wpe) add_to(x, model->wpe + t * C, C);
+    if (model->ngrams) find_runs(model, pass->idx + row - t, t, runs);
+    for (int n = 0; n < model->ngram - 1; n++) add_to(x, model->ngrams + runs[n] * C, C);
+    return model->modern ? normed(x, C) : 1;
+}
+
+static void embed_backward(const Model *model, const Pass *pass, const num *d_x, Scratch s) {
+    size_t C = model->C, runs[LONGEST];
+    float *d = s.h;
+    for (size_t row = 0; row < (size_t)pass->B * pass->T; row++) {
+        size_t t = row % pass->T;
+        for (size_t c = 0; c < C; c += LANES)
+            store(d + c, dropped(dropout(pass, 0), row * C + c, from(d_x + row * C + c)));
+        if (model->modern) {
+            float scale = embed(model, pass, row, s.row);
+            normed_backward(s.row, d, C, scale);
+        }
+        add_to(model->d_wte + pass->idx[row] * C, d, C);
+        if (model->wpe) add_to(model->d_wpe + t * C, d, C);
+        if (model->ngrams) find_runs(model, pass->idx + row - t, t, runs);
+        for (int n = 0; n < model->ngram - 1; n++) add_to(model->d_ngrams + runs[n] * C, d, C);
     }
+}
+
+/* The cross-entropy of V logits z, in nats; in their place comes its gradient times `weight`, and 0 up to wide(V).
+   cap: none, or 0; with it they are first bent to stay below it. A target of -1 has none. */
+static float cross_entropy(float *z, int V, int64_t target, float cap, float weight) {
+    int filled = wide(V);
+    if (target < 0) {
+        memset(z, 0, filled * sizeof *z);
+        return 0;
+    }
+    if (cap > 0)
+        for (int j = 0; j < V; j += LANES) /* cap tanh(z / cap) */
+            store(z + j, cap - 2 * cap / (1 + exponential(load(z + j) * (2 / cap))));
+    for (int j = V; j < filled; j++) z[j] = -INFINITY;
+    vec most = all(-INFINITY), total = {0};
+    for (int j = 0; j < V; j += LANES) most = larger(load(z + j), most);
+    float top = largest(most), of_target = z[target];
+    for (int j = 0; j < V; j += LANES) total += exponential(load(z + j) - top);
+    float log_of_all = top + logf(sum(total)), slope = cap > 0 ? 1 / (cap * cap) : 0;
+    for (int j = 0; j < V; j += LANES) {
+        vec v = load(z + j);
+        store(z + j, weight * exponential(v - log_of_all) * (1 - slope * v * v));
+    }
+    z[target] -= weight * (1 - slope * of_target * of_target);
+    memset(z + V, 0, (filled - V) * sizeof *z);
+    return log_of_all - of_target;
+}
+
+/* Which token the n-th foretold one of a row is: 0 is the next one. -1 where it is not known. */
+static int64_t target_of(const Pass *pass, size_t row, int n) {
+    return row % pass->T + n < (size_t)pass->T ? pass->targets[row + n] : -1;
+}
+
+/* The loss of what the last layer made, x (R, C) -> d_x (R, C), and the gradients of the last norm and the head. */
+static float foretell(const Model *model, const Pass *pass, const num *x, num *d_x, Scratch s) {
+    int R = pass->B * pass->T, C = model->C, filled = round_up(R, STRIP), N = model->head.N;
+    size_t panel = (size_t)filled / PAIR * LANES;
+    int known = 0, further = 0;
+    for (int row = 0; row < R; row++)
+        for (int n = 0; n < model->foretold; n++) *(n ? &further : &known) += target_of(pass, row, n) >= 0;
+    double loss = 0;
+    for (int first = 0; first < R; first += STRIP) {
+        int m = rows_of_strip(first, R);
+        size_t at = (size_t)first / PAIR * LANES;
+        for (int i = 0; i < m; i++) {
+            norm_row(&model->norm, x + (size_t)(first + i) * C, s.row, s.h, C);
+            round_row(s.h, s.strip + i * C, C);
+        }
+        lanes_are_columns(s.strip, C, m, STRIP, C, s.in + at, panel);
+        linear(&model->head, s.strip, m, s.product);
+        for (int i = 0; i < m; i++) {
+            float *z = s.product + (size_t)i * N;
+            loss += cross_entropy(
+                z, model->V, target_of(pass, first + i, 0), model->modern ? 15 : 0, pass->share / known);
+            for (int n = 1; n < model->foretold; n++)
+                cross_entropy(z + n * wide(model->V), model->V, target_of(pass, first + i, n), 0,
+                              pass->share * pass->ahead_share / further);
+            round_row(z, s.strip + (size_t)i * N, N);
+        }
+        lanes_are_columns(s.strip, N, m, STRIP, N, s.d_wide + at, panel);
+        linear_backward(&model->head, s.strip, m, s.product);
+        for (int i = 0; i < m; i++) {
+            float *d = s.product + i * C, scale = norm_row(&model->norm, x + (size_t)(first + i) * C, s.row, s.h, C);
+            norm_row_backward(&model->norm, s.row, d, scale, C);
+            round_row(d, d_x + (size_t)(first + i) * C, C);
+        }
+    }
+    for (int n = 0; n < model->foretold; n++) {
+        Linear one = {.N = model->V, .K = C, .d_weight = model->head.d_weight + (size_t)n * model->V * C};
+        weight_gradient(&one, s.d_wide + n * wide(model->V) / LANES * panel, s.in, filled, pass->add);
+    }
+    return pass->share * loss / known;
+}
+
+/* How many bytes pass->kept and pass->scratch must have. */
+void sizes(const Model *model, const Pass *pass, int64_t *kept, int64_t *scratch) {
+    *kept = model->layers * (keep(model, pass, NULL).end - (char *)NULL);
+    *scratch = make_scratch(model, pass, NULL).end - (char *)NULL;
+}
+
+/* The loss times pass->share; adds its gradients. Returns 1 where a token is none of the V, else 0. */
+int learn(const Model *model, const Pass *pass, float *loss) {
+    int R = pass->B * pass->T;
+    for (int row = 0; row < R; row++)
+        if ((uint64_t)pass->idx[row] >= (uint64_t)model->V || pass->targets[row] < -1 || pass->targets[row] >= model->V)
+            return 1;
+    Scratch s = make_scratch(model, pass, pass->scratch);
+    Now layers[model->layers];
+    char *place = pass->kept;
+    for (int i = 0; i < model->layers; i++) {
+        Now *l = &layers[i];
+        *l = (Now){.weights = &model->layer[i], .cos = model->cos, .sin = model->sin, .kept = keep(model, pass, place)};
+        l->R = R, l->T = pass->T, l->C = model->C, l->H = model->H, l->modern = model->modern, l->add = pass->add;
+        for (int n = 0; n < 3; n++) l->dropout[n] = dropout(pass, 1 + 3 * i + n);
+        l->scratch = s;
+        place = l->kept.end;
+        l->out = i + 1 < model->layers ? keep(model, pass, place).x : s.out;
+    }
+    for (int row = 0; row < R; row++) {
+        embed(model, pass, row, s.h);
+        for (int c = 0; c < model->C; c += LANES) {
+            size_t at = (size_t)row * model->C + c;
+            to(layers[0].kept.x + at, dropped(dropout(pass, 0), at, load(s.h + c)));
+        }
+    }
+    for (int i = 0; i < model->layers; i++) layer_forward(&layers[i]);
+    *loss = foretell(model, pass, s.out, s.d_x, s);
+    for (int i = model->layers - 1; i >= 0; i--) layer_backward(&layers[i], s.d_x);
+    embed_backward(model, pass, s.d_x, s);
+    return 0;
 }
