@@ -65,11 +65,6 @@ typedef struct { /* LayerNorm; all NULL where nothing is learned */
 } Norm;
 
 typedef struct {
-    int32_t threshold;        /* of 256: how many numbers dropout sets to zero */
-    uint64_t seed;
-} Dropout;
-
-typedef struct {
     Linear attn, attn_proj, fc, fc_proj;
     Norm norm_1, norm_2;
     const float *shift;       /* (C,): how much of the position before flows in; or NULL */
@@ -92,7 +87,7 @@ typedef struct {
 
 typedef struct {
     int32_t B, T;
-    int32_t threshold;        /* of all dropout */
+    int32_t threshold;        /* of 256: how many numbers dropout sets to zero */
     int32_t add;              /* are gradients of matrices added to what is there? all others always are */
     uint64_t seed;
     float share, ahead_share; /* by how much the loss is multiplied, and by how much more that of further tokens */
@@ -120,7 +115,8 @@ typedef struct {
     num *qkv;      /* (R, 3, H, D), normed and turned where they are */
     num *y;        /* (R, C): what attention gathered */
     num *middle;   /* (R, C): x behind attention */
-    num *wide;     /* (R, 4C): before it is bent */
+    unit *bent;    /* in panels: (R, 4C) */
+    num *slope;    /* (R, 4C): its derivative */
     float *total;  /* (B, H, T): log of the sum of e^score */
     float *scales; /* (R, 2, H): by how much norming multiplied queries and keys */
     char *end;
@@ -133,7 +129,8 @@ static Kept keep(const Model *model, const Pass *pass, char *place) {
     k.qkv = take(&place, 3 * R * C * sizeof(num));
     k.y = take(&place, R * C * sizeof(num));
     k.middle = take(&place, R * C * sizeof(num));
-    k.wide = take(&place, 4 * R * C * sizeof(num));
+    k.bent = take(&place, 4 * R * C * sizeof(num));
+    k.slope = take(&place, 4 * R * C * sizeof(num));
     k.total = take(&place, R * model->H * sizeof(float));
     k.scales = take(&place, 2 * R * model->H * sizeof(float));
     k.end = place;
@@ -170,7 +167,7 @@ typedef struct {
     float *product;                           /* (STRIP, N) */
     num *strip;                               /* (STRIP, N) */
     num *out, *d_x, *d_middle, *d_y, *d_qkv;  /* (R, C), but d_qkv (R, 3C) */
-    unit *in, *d_sum, *bent, *d_wide, *d_in;  /* panels: (R, C), (R, C), (R, 4C), (R, N), (R, 3C) */
+    unit *in, *d_sum, *d_wide, *d_in;         /* panels: (R, C), (R, C), (R, N), (R, 3C) */
     char *end;
 } Scratch;
 
@@ -190,12 +187,18 @@ static Scratch make_scratch(const Model *model, const Pass *pass, char *place) {
     s.d_qkv = take(&place, 3 * R * C * sizeof(num));
     s.in = take(&place, R * C * sizeof(num));
     s.d_sum = take(&place, R * C * sizeof(num));
-    s.bent = take(&place, 4 * R * C * sizeof(num));
     s.d_wide = take(&place, N * R * sizeof(num));
     s.d_in = s.d_wide; /* which is no longer needed then */
     s.end = place;
     return s;
 }
+
+typedef struct {
+    uint64_t seed;
+    uint32_t threshold;       /* as in Pass */
+    uint32_t draws[16];       /* see survivors() */
+    uint64_t drawn;           /* which ones they are, counted from 1 */
+} Dropout;
 
 /* A layer in a pass. */
 typedef struct {
@@ -343,17 +346,25 @@ static inline bits mixed(bits x) {
     return x ^ x >> 16;
 }
 
-/* With what dropout multiplies LANES numbers from the i-th on: 0, or what keeps their mean. Each is decided by a number
-   that is made of i and the seed alone, so that the way back decides as the way there did; as in model.dropout by 8
-   bits. */
-static inline vec survivors(Dropout d, uint64_t i) {
-    bits x = mixed((bits)lane_numbers() + (uint32_t)(i + d.seed));
-    x = mixed(x + (uint32_t)(d.seed >> 32) + (uint32_t)(i >> 32));
-    ints kept = (ints)(x >> 24) >= d.threshold;
-    return where(kept, all(256.0f / (256 - d.threshold)), all(0));
+/* With what dropout multiplies LANES numbers from the i-th on: 0, or what keeps their mean. Each is decided by 8 bits, as
+   in model.dropout, which are made of i and the seed alone, so that the way back decides as the way there did. A draw
+   of 32 bits decides four numbers that are 16 apart. */
+static inline vec survivors(Dropout *d, uint64_t i) {
+    if (d->drawn != i / 64 + 1) {
+        d->drawn = i / 64 + 1;
+        for (int j = 0; j < 16; j += LANES) {
+            bits x = mixed((bits)lane_numbers() + (uint32_t)(i / 64 * 16 + j + d->seed));
+            x = mixed(x + (uint32_t)(d->seed >> 32) + (uint32_t)(i >> 34));
+            memcpy(d->draws + j, &x, sizeof x);
+        }
+    }
+    bits x;
+    memcpy(&x, d->draws + i % 16, sizeof x);
+    ints kept = (ints)((x >> i / 16 % 4 * 8 & 255) >= d->threshold);
+    return where(kept, all(256.0f / (256 - d->threshold)), all(0));
 }
 
-static inline vec dropped(Dropout d, uint64_t i, vec v) { return d.threshold ? v * survivors(d, i) : v; }
+static inline vec dropped(Dropout *d, uint64_t i, vec v) { return d->threshold ? v * survivors(d, i) : v; }
 
 /* The n-th dropout of a pass: 0 is that of the vectors of tokens, then come each layer's. Its seed is the n-th number of
    splitmix64 (Steele et al. 2014). */
@@ -361,12 +372,13 @@ static Dropout dropout(const Pass *pass, int n) {
     uint64_t x = pass->seed + (n + 1) * 0x9e3779b97f4a7c15u;
     x = (x ^ x >> 30) * 0xbf58476d1ce4e5b9u;
     x = (x ^ x >> 27) * 0x94d049bb133111ebu;
-    return (Dropout){pass->threshold, x ^ x >> 31};
+    return (Dropout){.seed = x ^ x >> 31, .threshold = pass->threshold};
 }
 
 /* What the n-th dropout multiplies the first `count` numbers with, for learn_cpu.py's trial. */
 void masks(const Pass *pass, int n, int64_t count, float *out) {
-    for (int64_t i = 0; i < count; i += LANES) store(out + i, survivors(dropout(pass, n), i));
+    Dropout d = dropout(pass, n);
+    for (int64_t i = 0; i < count; i += LANES) store(out + i, survivors(&d, i));
 }
 
 /* In attention numbers are counted in rows of so many. */
@@ -475,7 +487,9 @@ static void attend(const Now *l, int b, int h) {
     int T = l->T, C = l->C, D = C / l->H, W = round_up(T, STRIP);
     const num *q = kept->qkv + (size_t)b * T * 3 * C + h * D, *k = q + C, *v = k + C;
     size_t by_position = (size_t)D / PAIR * LANES, by_channel = (size_t)W / PAIR * LANES;
+    uint64_t counted = mask_width(T);
     float scale = 1 / sqrtf(D);
+    Dropout weights = l->dropout[WEIGHTS];
     lanes_are_rows(k, 3 * C, T, W, D, room->rows_k, by_position);
     lanes_are_columns(v, 3 * C, T, W, D, room->columns_v, by_channel);
     for (int first = 0; first < T; first += STRIP) {
@@ -501,7 +515,7 @@ static void attend(const Now *l, int b, int h) {
             kept->total[row] = top + logf(all_of_it);
             for (int j = 0; j < seen; j += LANES)
                 to(room->w + (size_t)i * W + j,
-                   dropped(l->dropout[WEIGHTS], row * mask_width(T) + j, load(s + j) / all_of_it));
+                   dropped(&weights, row * counted + j, load(s + j) / all_of_it));
         }
         rows_times(room->w, W, m, room->columns_v, by_channel, D, seen, room->out, D);
         for (int i = 0; i < m; i++)
@@ -536,7 +550,9 @@ static void attend_backward(const Now *l, int b, int h) {
     const num *q = kept->qkv + (size_t)b * T * 3 * C + h * D, *k = q + C, *v = k + C;
     const num *d = l->scratch.d_y + (size_t)b * T * C + h * D, *y = kept->y + (size_t)b * T * C + h * D;
     size_t by_position = (size_t)D / PAIR * LANES, by_channel = (size_t)W / PAIR * LANES;
+    uint64_t counted = mask_width(T);
     float scale = 1 / sqrtf(D);
+    Dropout weights = l->dropout[WEIGHTS];
     lanes_are_rows(k, 3 * C, T, W, D, room->rows_k, by_position);
     lanes_are_rows(v, 3 * C, T, W, D, room->rows_v, by_position);
     lanes_are_columns(k, 3 * C, T, W, D, room->columns_k, by_channel);
@@ -555,7 +571,7 @@ static void attend_backward(const Now *l, int b, int h) {
             for (int j = 0; j < seen; j += LANES) {
                 vec w = exponential(load(room->scores + (size_t)i * W + j) * scale - total);
                 w = where(lane_numbers() + j > t, all(0), w);
-                vec keep = dropped(l->dropout[WEIGHTS], row * mask_width(T) + j, all(1));
+                vec keep = dropped(&weights, row * counted + j, all(1));
                 to(room->w + (size_t)i * W + j, w * keep);
                 to(room->s + (size_t)i * W + j,
                    w * (load(room->d_weights + (size_t)i * W + j) * keep - mean) * scale);
@@ -582,36 +598,33 @@ static void attend_backward(const Now *l, int b, int h) {
 /* ---------------------------------------------------------------------------------------------------------------------
    The layer */
 
-static inline vec bent(const Now *l, vec x) {
-    if (l->modern) return where(x < 0.0f, all(0), x * x);
-    return x * gelu_gate(x);
-}
-
-/* The derivative of bent; *value: bent(x). */
-static inline vec slope(const Now *l, vec x, vec *value) {
+/* What stands between the two products of an MLP: GELU or ReLU squared. *slope: its derivative. */
+static inline vec bend(const Now *l, vec x, vec *slope) {
     if (l->modern) {
         vec above = where(x < 0.0f, all(0), x);
-        *value = above * above;
-        return 2 * above;
+        *slope = 2 * above;
+        return above * above;
     }
-    vec gate = gelu_gate(x);
-    *value = x * gate;
-    return gate + *value * (1 - gate) * 1.5957691216f * (1 + 0.134145f * x * x);
+    vec gate = gelu_gate(x), bent = x * gate;
+    *slope = gate + bent * (1 - gate) * 1.5957691216f * (1 + 0.134145f * x * x);
+    return bent;
 }
 
 /* x + dropout(product + bias), in place of product. */
-static void add_sum(const Now *l, const Linear *linear, int place, size_t row, const float *x, float *product) {
+static void add_sum(const Now *l, const Linear *linear, Dropout *dropout, size_t row, const float *x, float *product) {
     for (int i = 0; i < l->C; i += LANES) {
         vec v = load(product + i);
         if (linear->bias) v += load(linear->bias + i);
-        store(product + i, load(x + i) + dropped(l->dropout[place], row * l->C + i, v));
+        store(product + i, load(x + i) + dropped(dropout, row * l->C + i, v));
     }
 }
 
 static void layer_forward(const Now *l) {
     int R = l->R, C = l->C, D = C / l->H;
+    size_t panel = (size_t)round_up(R, STRIP) / PAIR * LANES;
     Kept kept = l->kept;
     Scratch s = l->scratch;
+    Dropout first_sum = l->dropout[FIRST_SUM], second_sum = l->dropout[SECOND_SUM];
     for (int first = 0; first < R; first += STRIP) {
         int m = rows_of_strip(first, R);
         for (int i = 0; i < m; i++) {
@@ -639,7 +652,7 @@ static void layer_forward(const Now *l) {
         for (int i = 0; i < m; i++) {
             size_t row = first + i;
             copy_row(l->kept.x + row * C, s.h, C);
-            add_sum(l, &l->weights->attn_proj, FIRST_SUM, row, s.h, s.product + i * C);
+            add_sum(l, &l->weights->attn_proj, &first_sum, row, s.h, s.product + i * C);
             round_row(s.product + i * C, kept.middle + row * C, C);
             norm_row(&l->weights->norm_2, kept.middle + row * C, s.row, s.h, C);
             round_row(s.h, s.strip + i * C, C);
@@ -647,16 +660,17 @@ static void layer_forward(const Now *l) {
         linear(&l->weights->fc, s.strip, m, s.product);
         for (int i = 0; i < m; i++)
             for (int c = 0; c < 4 * C; c += LANES) {
-                vec v = load(s.product + i * 4 * C + c);
+                vec slope, v = load(s.product + i * 4 * C + c);
                 if (l->weights->fc.bias) v += load(l->weights->fc.bias + c);
-                to(kept.wide + (size_t)(first + i) * 4 * C + c, v);
-                to(s.strip + i * 4 * C + c, bent(l, v));
+                to(s.strip + i * 4 * C + c, bend(l, v, &slope));
+                to(kept.slope + (size_t)(first + i) * 4 * C + c, slope);
             }
+        lanes_are_columns(s.strip, 4 * C, m, STRIP, 4 * C, kept.bent + (size_t)first / PAIR * LANES, panel);
         linear(&l->weights->fc_proj, s.strip, m, s.product);
         for (int i = 0; i < m; i++) {
             size_t row = first + i;
             copy_row(kept.middle + row * C, s.h, C);
-            add_sum(l, &l->weights->fc_proj, SECOND_SUM, row, s.h, s.product + i * C);
+            add_sum(l, &l->weights->fc_proj, &second_sum, row, s.h, s.product + i * C);
             round_row(s.product + i * C, l->out + row * C, C);
         }
     }
@@ -665,13 +679,13 @@ static void layer_forward(const Now *l) {
 /* Of a strip of the gradient of a sum (m, C): the part that went through dropout -> d (m, C), its panels, and the
    gradient of the bias. */
 static void dropped_backward(
-    const Now *l, const Linear *linear, int place, int first, int m, const num *d_sum, num *d, unit *panels,
+    const Now *l, const Linear *linear, Dropout *dropout, int first, int m, const num *d_sum, num *d, unit *panels,
     size_t panel) {
     int C = l->C;
     for (int i = 0; i < m; i++)
         for (int c = 0; c < C; c += LANES) {
             size_t at = (size_t)(first + i) * C + c;
-            vec v = dropped(l->dropout[place], at, from(d_sum + at));
+            vec v = dropped(dropout, at, from(d_sum + at));
             if (linear->bias) store(linear->d_bias + c, load(linear->d_bias + c) + v);
             to(d + i * C + c, v);
         }
@@ -684,21 +698,19 @@ static void layer_backward(const Now *l, num *d_x) {
     size_t panel = (size_t)filled / PAIR * LANES;
     Kept kept = l->kept;
     Scratch s = l->scratch;
+    Dropout first_sum = l->dropout[FIRST_SUM], second_sum = l->dropout[SECOND_SUM];
     for (int first = 0; first < R; first += STRIP) {
         int m = rows_of_strip(first, R);
         size_t at = (size_t)first / PAIR * LANES;
-        dropped_backward(l, &l->weights->fc_proj, SECOND_SUM, first, m, d_x, s.strip, s.d_sum, panel);
+        dropped_backward(l, &l->weights->fc_proj, &second_sum, first, m, d_x, s.strip, s.d_sum, panel);
         linear_backward(&l->weights->fc_proj, s.strip, m, s.product);
-        num *wide = kept.wide + (size_t)first * 4 * C; /* its gradient takes s.strip, what comes of it its place */
         for (int i = 0; i < m; i++)
             for (int c = 0; c < 4 * C; c += LANES) {
                 size_t j = (size_t)i * 4 * C + c;
-                vec value, d = load(s.product + j) * slope(l, from(wide + j), &value);
+                vec d = load(s.product + j) * from(kept.slope + (size_t)first * 4 * C + j);
                 if (l->weights->fc.bias) store(l->weights->fc.d_bias + c, load(l->weights->fc.d_bias + c) + d);
                 to(s.strip + j, d);
-                to(wide + j, value);
             }
-        lanes_are_columns(wide, 4 * C, m, STRIP, 4 * C, s.bent + at, panel);
         lanes_are_columns(s.strip, 4 * C, m, STRIP, 4 * C, s.d_wide + at, panel);
         linear_backward(&l->weights->fc, s.strip, m, s.product);
         for (int i = 0; i < m; i++) {
@@ -712,12 +724,12 @@ static void layer_backward(const Now *l, num *d_x) {
         }
         lanes_are_columns(s.strip, C, m, STRIP, C, s.in + at, panel);
     }
-    weight_gradient(&l->weights->fc_proj, s.d_sum, s.bent, filled, l->add);
+    weight_gradient(&l->weights->fc_proj, s.d_sum, kept.bent, filled, l->add);
     weight_gradient(&l->weights->fc, s.d_wide, s.in, filled, l->add);
 
     for (int first = 0; first < R; first += STRIP) {
         int m = rows_of_strip(first, R);
-        dropped_backward(l, &l->weights->attn_proj, FIRST_SUM, first, m, s.d_middle, s.strip, s.d_sum, panel);
+        dropped_backward(l, &l->weights->attn_proj, &first_sum, first, m, s.d_middle, s.strip, s.d_sum, panel);
         linear_backward(&l->weights->attn_proj, s.strip, m, s.product);
         round_row(s.product, s.d_y + (size_t)first * C, m * C);
         lanes_are_columns(kept.y + (size_t)first * C, C, m, STRIP, C, s.in + (size_t)first / PAIR * LANES, panel);
@@ -782,10 +794,11 @@ static float embed(const Model *model, const Pass *pass, size_t row, float *x) {
 static void embed_backward(const Model *model, const Pass *pass, const num *d_x, Scratch s) {
     size_t C = model->C, runs[LONGEST];
     float *d = s.h;
+    Dropout first = dropout(pass, 0);
     for (size_t row = 0; row < (size_t)pass->B * pass->T; row++) {
         size_t t = row % pass->T;
         for (size_t c = 0; c < C; c += LANES)
-            store(d + c, dropped(dropout(pass, 0), row * C + c, from(d_x + row * C + c)));
+            store(d + c, dropped(&first, row * C + c, from(d_x + row * C + c)));
         if (model->modern) {
             float scale = embed(model, pass, row, s.row);
             normed_backward(s.row, d, C, scale);
@@ -893,11 +906,12 @@ int learn(const Model *model, const Pass *pass, float *loss) {
         place = l->kept.end;
         l->out = i + 1 < model->layers ? keep(model, pass, place).x : s.out;
     }
+    Dropout first = dropout(pass, 0);
     for (int row = 0; row < R; row++) {
         embed(model, pass, row, s.h);
         for (int c = 0; c < model->C; c += LANES) {
             size_t at = (size_t)row * model->C + c;
-            to(layers[0].kept.x + at, dropped(dropout(pass, 0), at, load(s.h + c)));
+            to(layers[0].kept.x + at, dropped(&first, at, load(s.h + c)));
         }
     }
     for (int i = 0; i < model->layers; i++) layer_forward(&layers[i]);

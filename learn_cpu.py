@@ -332,7 +332,7 @@ def known_dropout(functions, rate, seed):
         counted = functions.mask_width(width) if call % 3 == 1 else width
         mask = torch.empty(x.numel() // width * counted)
         functions.masks(ctypes.byref(now), call, mask.numel(), place(mask))
-        return x * mask.view(*x.shape[:-1], counted)[..., :width]
+        return x * mask.view(*x.shape[:-1], counted)[..., :width].to(x.dtype)
 
     return dropout
 

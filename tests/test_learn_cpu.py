@@ -275,10 +275,18 @@ def test_windows_that_it_would_read_wrongly_are_refused(trained, change):
 def test_dropout_drops_the_same_in_both_directions_and_where_the_model_does(trained, arch, dtype, p):
     model = trained(arch, dropout=p)
     x, y = batch(model, 3, 45)
-    with replaced(model_module, dropout=known_dropout(learn_cpu.functions_for(dtype), p, 7)):
-        _, expected = by_pytorch(model, x, y)
-    found = by_c(model, x, y, dtype, seed=7)[1]
-    assert max(differences(found, expected)) < (1e-5 if dtype == torch.float32 else 0.05)
+
+    def with_the_same_dropped(model):
+        with replaced(model_module, dropout=known_dropout(learn_cpu.functions_for(dtype), p, 7)):
+            return by_pytorch(model, x, y)[1]
+
+    expected = with_the_same_dropped(model)
+    ours = differences(by_c(model, x, y, dtype, seed=7)[1], expected)
+    if dtype == torch.float32:
+        assert max(ours) < 1e-5
+    else:  # as near to float32 as PyTorch
+        plain = differences(with_the_same_dropped(copy.deepcopy(model).to(dtype)), expected)
+        assert sum(ours) < 1.1 * sum(plain) and max(ours) < 1.5 * max(plain)
 
 
 @pytest.mark.parametrize("arch", ARCHS)
