@@ -390,7 +390,8 @@ class Learner:
         if self.flat is None:
             return whole(torch.nn.utils.clip_grad_norm_(self.weights, most))
         norm = self.flat.norm()
-        self.flat.mul_((most / (norm + 1e-6)).clamp(max=1))
+        if norm > most:
+            self.flat.mul_(most / (norm + 1e-6))
         return norm
 
     def update(self, good):
