@@ -34,6 +34,7 @@ import torch.nn.functional as F
 
 import bench_generate
 import bench_page
+import learn_cpu
 import modern
 import optim
 import plan
@@ -494,7 +495,7 @@ def ideas(options):
     if options.without is not None:
         if options.without not in ("nothing", *IDEAS, "all of them"):
             raise UserError(f"--without {options.without}: is no idea; give one of {', '.join(IDEAS)}")
-        optim.in_c = lambda model, dtype: None  # which computes with all ideas alone, and faster
+        learn_cpu.unsuited = lambda dtype: "it knows no model but that with all ideas"
         if options.without in IDEAS:
             IDEAS[options.without]()
         flags = ["--data", options.data, "--minutes", str(options.minutes), "--seed", str(options.seed)]

@@ -398,12 +398,17 @@ def why_not(config, dtype):
     return unsuited(dtype)
 
 
-def fits(config, dtype):
-    """Will learn_cpu.c compute a config's model, if its code is what it knows?"""
+def usable(dtype):
+    """Is learn_cpu.c faster on this machine than PyTorch, for products of a dtype, and can it be compiled?"""
     try:
-        return why_not(config, dtype) is None and functions_for(dtype) is not None
+        return unsuited(dtype) is None and functions_for(dtype) is not None
     except (CannotCompile, OSError):
         return False
+
+
+def fits(config, dtype):
+    """Will learn_cpu.c compute a config's model, if its code is what it knows?"""
+    return why_not(config, dtype) is None and usable(dtype)
 
 
 def say(why):

@@ -16,6 +16,7 @@ from dataclasses import asdict, replace
 
 import torch
 
+import learn_cpu
 from checkpoint import METRICS, gpt2_tokenizer, holds_run, load_model, load_state
 from data import load_data
 from distributed import ALONE
@@ -465,6 +466,7 @@ SIZES = (
 )
 SHARE = 0.4  # of that work a run really makes
 SMALL_SHARE = 0.26  # the same of models below 192 channels, but for a CUDA GPU: other things take more of their time
+IN_C = 1.3  # how much more of it a run makes that learn_cpu.c computes: as if the CPU were that much faster
 # A GPU is not kept busy by models as small as these. Measured on an H100, with recorded steps:
 GPU_START = 7  # seconds until the first step
 GPU_LAYER = 4e-4  # seconds that the operations of a layer take in a step, however little there is to do for each
@@ -482,10 +484,12 @@ def for_minutes(minutes, tokens, device, dtype, peak=None, arch="modern"):
     (ngram_decay), which know a text by heart soonest. It has none from 32 times on, of a text of 90,000 tokens and more
     from 60 times on. Dropout keeps the rest from it: 0.05 at eight times, each time that doubles 0.05 more, or without
     n-grams 0.1 more, up to 0.5; and none where that is less than 0.02.
-    On a GPU a step takes longer than its products alone, and each size can do work of its own (possible_work).
+    On a GPU a step takes longer than its products alone, and each size can do work of its own (possible_work). A CPU
+    for which there is learn_cpu.c makes IN_C times as much of it.
     """
     peak = peak or matmul_peak(device, dtype)
-    works = [possible_work(sizes, minutes, peak, device) for _, sizes in SIZES]
+    in_c = device.type == "cpu" and learn_cpu.usable(dtype)
+    works = [possible_work(sizes, minutes, peak * IN_C if in_c else peak, device) for _, sizes in SIZES]
     chosen = max(i for i, (least, _) in enumerate(SIZES) if works[i] >= least)
     work, sizes = works[chosen], dict(SIZES[chosen][1])
     if device.type != "cuda" and chosen + 1 < len(SIZES) and times_read(sizes, work, tokens, device) > 5:
@@ -503,7 +507,8 @@ def for_minutes(minutes, tokens, device, dtype, peak=None, arch="modern"):
     if dropout >= 0.02:
         sizes["dropout"] = round(min(0.5, dropout), 2)
     sizes.update(BY_THE_CLOCK)
-    why = f"{peak / 1e9:,.0f} GFLOP/s x {minutes:g} min on {tokens:,} tokens, about {epochs:.1f} times the text"
+    more = f" x {IN_C:g} in C" if in_c else ""
+    why = f"{peak / 1e9:,.0f} GFLOP/s{more} x {minutes:g} min on {tokens:,} tokens, about {epochs:.1f} times the text"
     return sizes, why
 
 

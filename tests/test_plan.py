@@ -14,6 +14,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+import learn_cpu
 import plan
 import train
 from data import load_data
@@ -47,8 +48,9 @@ def make_options(**changes):
 def choose(monkeypatch):
     """choose(minutes, tokens, peak) -> (settings, why), as on a machine of that peak speed."""
 
-    def choose(minutes, tokens=10**6, peak=1e11, device=CPU, arch="modern"):
+    def choose(minutes, tokens=10**6, peak=1e11, device=CPU, arch="modern", in_c=False):
         monkeypatch.setattr(plan, "matmul_peak", lambda device, dtype: peak)
+        monkeypatch.setattr(learn_cpu, "usable", lambda dtype: in_c)
         return for_minutes(minutes, tokens, device, torch.float32, arch=arch)
 
     return choose
@@ -223,6 +225,15 @@ def test_the_reason_names_the_speed_the_time_and_the_length_of_the_text(choose):
     assert why.startswith("800 GFLOP/s x 2.5 min on 123,456 tokens") and "\n" not in why
 
 
+def test_a_cpu_for_which_there_is_c_code_counts_as_faster(choose):
+    found, why = choose(2.5, 123_456, 8e11, in_c=True)
+    as_fast, _ = choose(2.5, 123_456, plan.IN_C * 8e11)
+    assert found == as_fast != choose(2.5, 123_456, 8e11)[0]
+    assert why.startswith(f"800 GFLOP/s x {plan.IN_C:g} in C x 2.5 min on 123,456 tokens")
+    gpu = torch.device("cuda")
+    assert choose(2.5, 123_456, 8e14, gpu, in_c=True) == choose(2.5, 123_456, 8e14, gpu)
+
+
 def test_the_table_of_sizes_is_not_changed_by_choosing(choose, monkeypatch):
     table = ((0, dict(n_layer=1, n_embd=8, n_head=1, block_size=64, batch_size=4)),)
     monkeypatch.setattr(plan, "SIZES", copy.deepcopy(table))
@@ -276,7 +287,7 @@ def test_with_minutes_the_whole_process_ends_in_time_with_the_settings_it_told_b
     assert abs(seconds - 9) < 6, "within a tenth of a minute"
 
     lines = done.stdout.splitlines()
-    why = next(i for i, line in enumerate(lines) if "GFLOP/s x 0.15 min on" in line)
+    why = next(i for i, line in enumerate(lines) if " x 0.15 min on" in line)
     told, started = lines[why + 1], next(i for i, line in enumerate(lines) if " M parameters" in line)
     assert why + 1 < started < next(i for i, line in enumerate(lines) if line.startswith("step "))
     assert "--learning_rate" in told and "--dropout" in told, "what was chosen"
