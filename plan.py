@@ -465,8 +465,8 @@ SIZES = (
     (1e18, dict(n_layer=12, n_embd=768, n_head=12, block_size=512, batch_size=64, matrix_lr=0.02, learning_rate=0.004)),
 )
 SHARE = 0.4  # of that work a run really makes
-SMALL_SHARE = 0.26  # the same of models below 192 channels, but for a CUDA GPU: other things take more of their time
-IN_C = 1.3  # how much more of it a run makes that learn_cpu.c computes: as if the CPU were that much faster
+SMALL_SHARE = 0.26  # the same of small models, but on a CUDA GPU: other things take more of their time
+IN_C, SMALL_IN_C = 1.15, 1.35  # how much more of it a run makes that learn_cpu.c computes: as on a CPU so much faster
 # A GPU is not kept busy by models as small as these. Measured on an H100, with recorded steps:
 GPU_START = 7  # seconds until the first step
 GPU_LAYER = 4e-4  # seconds that the operations of a layer take in a step, however little there is to do for each
@@ -485,11 +485,12 @@ def for_minutes(minutes, tokens, device, dtype, peak=None, arch="modern"):
     from 60 times on. Dropout keeps the rest from it: 0.05 at eight times, each time that doubles 0.05 more, or without
     n-grams 0.1 more, up to 0.5; and none where that is less than 0.02.
     On a GPU a step takes longer than its products alone, and each size can do work of its own (possible_work). A CPU
-    for which there is learn_cpu.c makes IN_C times as much of it.
+    for which there is learn_cpu.c makes IN_C times as much of it, or SMALL_IN_C times.
     """
     peak = peak or matmul_peak(device, dtype)
     in_c = device.type == "cpu" and learn_cpu.usable(dtype)
-    works = [possible_work(sizes, minutes, peak * IN_C if in_c else peak, device) for _, sizes in SIZES]
+    gains = [(SMALL_IN_C if is_small(sizes) else IN_C) if in_c else 1 for _, sizes in SIZES]
+    works = [possible_work(sizes, minutes, peak * gain, device) for gain, (_, sizes) in zip(gains, SIZES)]
     chosen = max(i for i, (least, _) in enumerate(SIZES) if works[i] >= least)
     work, sizes = works[chosen], dict(SIZES[chosen][1])
     if device.type != "cuda" and chosen + 1 < len(SIZES) and times_read(sizes, work, tokens, device) > 5:
@@ -507,15 +508,20 @@ def for_minutes(minutes, tokens, device, dtype, peak=None, arch="modern"):
     if dropout >= 0.02:
         sizes["dropout"] = round(min(0.5, dropout), 2)
     sizes.update(BY_THE_CLOCK)
-    more = f" x {IN_C:g} in C" if in_c else ""
+    more = f" x {gains[chosen]:g} in C" if in_c else ""
     why = f"{peak / 1e9:,.0f} GFLOP/s{more} x {minutes:g} min on {tokens:,} tokens, about {epochs:.1f} times the text"
     return sizes, why
 
 
 def times_read(sizes, work, tokens, device):
     """How often a run reads so many tokens, with work (FLOP) for a model of such sizes."""
-    share = SMALL_SHARE if device.type != "cuda" and sizes["n_embd"] < 192 else SHARE
+    share = SMALL_SHARE if device.type != "cuda" and is_small(sizes) else SHARE
     return share * work / step_work(sizes, tokens)
+
+
+def is_small(sizes):
+    """Do other things than matrix products take much of the time of a model of these sizes on a CPU?"""
+    return sizes["n_embd"] < 192
 
 
 def ngram_decay(epochs):
