@@ -106,8 +106,8 @@ static int round_up(int n, int unit) { return (n + unit - 1) / unit * unit; }
 /* How many rows the strip has that begins at `first`, of `all` rows. */
 static int rows_of_strip(int first, int all) { return all - first < STRIP ? all - first : STRIP; }
 
-/* V, filled up to whole vectors. */
-static int wide(int V) { return round_up(V, LANES); }
+/* V, filled up to whole vectors of any kind. */
+static int wide(int V) { return round_up(V, 16); }
 
 /* What the backward pass needs of a layer's forward pass. */
 typedef struct {

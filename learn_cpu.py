@@ -202,16 +202,22 @@ class Learned:
         self.multiplied = [w for m in matrices for w in m.weights] + [model.lm_head.weight, *ahead]
         others = [*vectors, self.wte, self.wpe, self.ngrams]
         self.others = [w for w in others if w is not None and w is not model.lm_head.weight]
-        weights = [*self.multiplied, *self.others]
-        if set(weights) != set(model.parameters()):
+        self.weights = [*self.multiplied, *self.others]
+        if set(self.weights) != set(model.parameters()):
             raise ValueError("it has other weights")
-        if any(w.dtype != torch.float32 or not w.is_contiguous() for w in weights):
+        if any(w.dtype != torch.float32 or not w.is_contiguous() for w in self.weights):
             raise ValueError("a weight in another number format or order")
+        self.places = list(map(place, self.weights))
         self.pieces = sorted((piece for m in [*matrices, self.head] for piece in m.pieces()), reverse=True)
         self.lay_out()
 
     def lay_out(self, first=0, step=1):
-        """Take over the weights as they are now: of all, or of every step-th from the first on."""
+        """Take over the weights as they are now: of all, or of every step-th from the first on.
+
+        Raises RuntimeError where they are no longer in the same memory.
+        """
+        if list(map(place, self.weights)) != self.places:
+            raise RuntimeError("a weight was given other memory; change it in place, or make a new Learned")
         for _, piece in self.pieces[first::step]:
             self.functions.lay_out(*piece)
 
@@ -262,14 +268,12 @@ class Sums:
 
     def __init__(self, learned):
         self.learned, self.functions = learned, learned.functions
-        set_, added = ([w.numel() for w in weights] for weights in (learned.multiplied, learned.others))
+        multiplied, others = ([w.numel() for w in weights] for weights in (learned.multiplied, learned.others))
         beyond = BEYOND * learned.head.K
-        self.flat = torch.zeros(sum(set_) + beyond + sum(added))
-        *pieces, _, others = self.flat.split([*set_, beyond, sum(added)])
-        self.added = others
-        weights = [*learned.multiplied, *learned.others]
-        pieces += others.split(added)
-        self.gradients = {w: piece.view(w.shape) for w, piece in zip(weights, pieces)}
+        self.flat = torch.zeros(sum(multiplied) + beyond + sum(others))
+        *pieces, _, self.added = self.flat.split([*multiplied, beyond, sum(others)])
+        pieces += self.added.split(others)
+        self.gradients = {w: piece.view(w.shape) for w, piece in zip(learned.weights, pieces)}
         self.model, self.kept_alive = learned.structure(self.gradients)
         self.kept = self.scratch = torch.empty(0, dtype=torch.uint8)
         self.needed = {}  # (B, T) -> needed_bytes

@@ -159,7 +159,7 @@ def test_the_loss_and_its_gradients_count_by_their_share(trained, arch):
 
 @pytest.mark.parametrize("arch", ARCHS)
 def test_every_kind_of_vector_computes_the_same(any_vectors, trained, arch):
-    model = trained(arch)
+    model = trained(arch, vocab_size=17, **(dict(ahead=3) if arch == "modern" else {}))
     x, y = batch(model, 3, 45)
     assert max(differences(by_c(model, x, y)[1], by_pytorch(model, x, y)[1])) < 1e-5
 
@@ -209,6 +209,14 @@ def test_weights_that_changed_count_when_they_are_laid_out(trained, arch):
     for first in range(3):
         learned.lay_out(first, 3)
     assert max(differences(by_c(model, x, y, sums=learned.sums())[1], by_pytorch(model, x, y)[1])) < 1e-5
+
+
+def test_weights_that_moved_are_refused(trained):
+    model = trained("gpt")
+    learned = Learned(model, torch.float32)
+    model.lm_head.weight.data = model.lm_head.weight.data.clone()
+    with pytest.raises(RuntimeError, match="other memory"):
+        learned.lay_out()
 
 
 @pytest.mark.parametrize("arch", ARCHS)
