@@ -26,7 +26,7 @@ import modern
 from model import GPT, GPTConfig
 from modern import Modern, ModernConfig
 from native import CannotCompile, fields, library, of_shape
-from utils import first_line, same_dice, say_once
+from utils import dtype_name, first_line, same_dice, say_once
 
 TRIED = dict(n_layer=2, n_head=2, n_embd=64, vocab_size=31, block_size=44, dropout=0.5)  # the model of `knows`
 MOST_SUMS = 500_000_000  # numbers, for the gradients of all threads: 2 GB
@@ -103,6 +103,8 @@ def unsuited(dtype):
     """
     if os.name == "nt":
         return "it was never tried on Windows"
+    if dtype not in (torch.float32, torch.bfloat16):
+        return f"it does not multiply {dtype_name(dtype)}"
     try:
         with open("/proc/cpuinfo") as f:
             can = set(f.read().split())

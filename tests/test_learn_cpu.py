@@ -504,6 +504,7 @@ def test_without_a_compiler_pytorch_computes(trained, monkeypatch, tmp_path, cap
     [
         ("fma avx2 f16c", torch.float32, "AVX-512"),
         ("avx512f", torch.float32, None),
+        ("avx512f avx512_bf16", torch.float16, "float16"),
         ("avx512f", torch.bfloat16, "bfloat16"),
         ("avx512f avx512_bf16", torch.bfloat16, None),
         ("avx512f avx512_bf16 amx_bf16", torch.bfloat16, "AMX"),
