@@ -21,7 +21,7 @@ from draft import MOST_TOKENS
 from graphs import WARM_UP
 from model import GPT
 from modern import Modern, ModernConfig
-from optim import Learner, has_copy, has_recording, rows_on_cpu
+from optim import Learner, enough_for_c, has_copy, has_recording, rows_on_cpu
 from plan import (
     begin_from,
     check_run,
@@ -213,17 +213,17 @@ def layer_bytes(config, place):
     return C * channel + scores
 
 
-def in_c(config, place, checkpointing):
-    """Does learn_cpu.c compute the model, as a Learner has it?"""
+def in_c(config, place, checkpointing, at_once):
+    """Does learn_cpu.c compute steps of which so many parts are computed at once, as a Learner has it?"""
     alone = place.processes == 1 or place.copied
     on_cpu = place.device.type == "cpu" and alone and not checkpointing
-    return on_cpu and learn_cpu.fits(config, place.dtype)
+    return on_cpu and enough_for_c(at_once) and learn_cpu.fits(config, place.dtype)
 
 
-def activation_bytes(config, tokens, place, checkpointing):
+def activation_bytes(config, tokens, place, checkpointing, at_once):
     """What the forward pass of so many tokens keeps for the backward pass, but for the logits, in bytes; where
-    learn_cpu.c computes, all that it needs of memory."""
-    if in_c(config, place, checkpointing):
+    learn_cpu.c computes, all that it needs of memory. at_once: how many parts of a step are computed side by side."""
+    if in_c(config, place, checkpointing, at_once):
         T = min(config.block_size, tokens)
         return sum(learn_cpu.needed_bytes(config, place.dtype, tokens // T, T))
     C, L, modern = config.n_embd, config.n_layer, isinstance(config, ModernConfig)
@@ -242,7 +242,8 @@ def check_activations(options, config, device, dtype, processes=1):
 
     def kept(checkpointing=options.gradient_checkpointing, **changes):
         rows, at_once = micro_batch(replace(options, gradient_checkpointing=checkpointing), place)
-        return at_once * activation_bytes(replace(config, **changes), rows * config.block_size, place, checkpointing)
+        changed, tokens = replace(config, **changes), rows * config.block_size
+        return at_once * activation_bytes(changed, tokens, place, checkpointing, at_once)
 
     if device.type != "cpu" or place.memory is None or kept() <= place.memory:
         return
@@ -330,14 +331,14 @@ def memory(model, options, place, data):
         batch = options.batch_size * options.gradient_accumulation_steps * options.block_size
         always.append(("text and batch", data.nbytes + 3 * 8 * batch, f"{len(data.train) + len(data.val):,} tokens"))
     tokens, times = rows * config.block_size, f"{at_once} x " if at_once > 1 else ""
-    kept = activation_bytes(config, tokens, place, options.gradient_checkpointing)
+    kept = activation_bytes(config, tokens, place, options.gradient_checkpointing, at_once)
     activations = ("activations", at_once * kept, f"of {times}{tokens:,} tokens")
     step = [
         ("gradients", weights, kept_by),
         activations,
         ("logits", at_once * logit_bytes(config, tokens), f"{times}{tokens:,} x {config.vocab_size:,}"),
     ]
-    by_c = in_c(config, place, options.gradient_checkpointing)
+    by_c = in_c(config, place, options.gradient_checkpointing, at_once)
     if by_c:
         multiplied = weights - 4 * sum(table.weight.numel() for table in read_only_tables(model))
         always.append(("weights laid out", 2 * item * multiplied // 4, "for learn_cpu.c"))
@@ -362,7 +363,7 @@ def memory(model, options, place, data):
         if DRAFT_BYTES * counted > sum(size for _, size, _ in evaluation):
             evaluation = [("counts for draft.py", DRAFT_BYTES * counted, f"of {counted:,} tokens, at the end")]
     recorded = has_recording(options, place.device, place.processes) and not options.gradient_checkpointing
-    if at_once > 1 or recorded:  # what other threads or a graph took they keep for themselves; this comes on top of it
+    if at_once > 1 or recorded or by_c:  # what other threads, a graph or C took they keep; this comes on top of it
         return always, step + evaluation, []
     return always, step, evaluation
 

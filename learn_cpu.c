@@ -5,7 +5,8 @@ again. Here the whole model is one call, learn(), of one thread; other threads h
 of matrices all is done with a STRIP of positions at a time, which stay in the cache.
 
 R = B * T rows: T positions of each of B windows. Numbers that are multiplied, and those kept for the way back, are
-`num`: float32, or bfloat16 where compiled with -DBFLOAT16. All else is float32.
+`num`: float32, or bfloat16 where compiled with -DBFLOAT16. All else is float32. -DLONGEST=16: tokens of the longest run
+that has a vector.
 
     tokens -> their vectors -> x
     each layer: x -> norm -> c_attn -> attention -> c_proj, added to x -> norm -> c_fc -> bent -> c_proj, added
@@ -17,8 +18,7 @@ units, so that one load brings a unit of each column. */
 
 #include "vectors.h"
 
-enum { STRIP = 32 };   /* rows; a multiple of ROWS, LANES and 2 */
-enum { LONGEST = 16 }; /* tokens in a run that has a vector: modern.LONGEST */
+enum { STRIP = 32 }; /* rows; a multiple of ROWS, LANES and 2 */
 #if defined(__AVX512F__)
 enum { ROWS = 8 }; /* of a tile, 2 * LANES wide, whose sums fit into the registers */
 #else
@@ -123,7 +123,7 @@ typedef struct {
 } Kept;
 
 static Kept keep(const Model *model, const Pass *pass, char *place) {
-    size_t R = round_up(pass->B * pass->T, STRIP), C = model->C; /* tiles read some rows too many */
+    size_t R = round_up(pass->B * pass->T, STRIP), C = model->C; /* tiles read some rows too many, the last ones from the next array */
     Kept k;
     k.x = take(&place, R * C * sizeof(num));
     k.qkv = take(&place, 3 * R * C * sizeof(num));

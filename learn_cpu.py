@@ -20,6 +20,7 @@ import itertools
 import os
 
 import torch
+import torch.nn as nn
 
 import model as model_module
 import modern
@@ -71,7 +72,8 @@ class Pass(ctypes.Structure):
 @functools.lru_cache(maxsize=None)
 def functions_for(dtype):
     """Those of learn_cpu.c for products of a dtype's numbers. Raises what native.library raises."""
-    functions = library("learn_cpu.c", *(["-DBFLOAT16"] if dtype == torch.bfloat16 else []))
+    with_bfloat16 = ["-DBFLOAT16"] if dtype == torch.bfloat16 else []
+    functions = library("learn_cpu.c", f"-DLONGEST={modern.LONGEST}", *with_bfloat16)
     address, number = ctypes.c_void_p, ctypes.c_int
     functions.lay_out.argtypes = [address, *[number] * 5, address, address]
     functions.masks.argtypes = [address, number, ctypes.c_int64, address]
@@ -168,6 +170,12 @@ class Block:
         self.rates = {attn.dropout, attn.resid_dropout.p, mlp.dropout.p}
 
 
+def is_of_known_parts(model):
+    """Is each part of a model one of those of model.py and modern.py, or one of PyTorch's that they use?"""
+    ours, kinds = {GPT.__module__, Modern.__module__}, {nn.Linear, nn.Embedding, nn.ModuleDict, nn.ModuleList}
+    return all(type(part).__module__ in ours or type(part) in kinds for part in model.modules())
+
+
 def blocks(model):
     return model.transformer.h if isinstance(model, GPT) else model.layers
 
@@ -180,6 +188,8 @@ class Learned:
     """
 
     def __init__(self, model, dtype):
+        if not is_of_known_parts(model):
+            raise ValueError("it has other parts")
         self.model, self.dtype, self.functions = model, dtype, functions_for(dtype)
         c, own = model.config, model.transformer if isinstance(model, GPT) else model
         C, V = c.n_embd, c.vocab_size
@@ -358,6 +368,8 @@ def knows(cls, bias, with_bfloat16):
         with torch.no_grad():
             for p in model.parameters():
                 p.add_(0.2 * torch.randn_like(p))
+        if cls is Modern:
+            model.ahead_share.fill_(0.7)
         idx, targets = torch.randint(model.config.vocab_size, (2, 2, model.config.block_size))
         targets[0, 3] = -1
         with replaced(model_module, dropout=known_dropout(functions_for(torch.float32), shape["dropout"], 1)):

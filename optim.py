@@ -200,6 +200,12 @@ def rows_on_cpu(windows, batch_size, T, cores):
     return even if even * T >= LEAST and idle < 1 / 8 else rows
 
 
+def enough_for_c(parts):
+    """Are so many parts of a step enough for learn_cpu.c, which computes each in one thread? Not where most cores would
+    have none."""
+    return 2 * parts >= torch.get_num_threads()
+
+
 class Learner:
     """A model and all that changes it.
 
@@ -234,7 +240,7 @@ class Learner:
         self.flat = None  # all gradients in one tensor, where they lie in Sums
         alone = not self.sharded and (self.copied or processes.world == 1)  # PyTorch averages no gradients by itself
         if device.type == "cpu" and alone and not model.gradient_checkpointing:
-            self.learned = in_c(model, dtype if self.copied else torch.float32)
+            self.learned = in_c(model, dtype)
         self.copies = list(self.worker.parameters())
         self.averaging = None  # the DistributedDataParallel, where there is one
         if processes.world > 1 and not self.copied and not self.sharded:
@@ -318,9 +324,10 @@ class Learner:
         list(run(lambda thread: self.learned.lay_out(thread, threads), range(threads)))
         while len(self.sums) < threads:
             self.sums.append(self.learned.sums())
-        had = [weight.grad for weight in self.weights]
-        if had[0] is not None:
-            had = [gradient.clone() for gradient in had]  # they may lie in Sums, which are about to be used again
+        if self.weights[0].grad is not None:
+            for weight in self.weights:
+                weight.grad = weight.grad.clone()  # it may lie in Sums, which are about to be used again
+        self.flat, had = None, [weight.grad for weight in self.weights]
         seeds = torch.randint(2**62, (len(parts),)).tolist()
 
         def learn(thread):
@@ -350,7 +357,13 @@ class Learner:
         """Is a step of so many parts computed in C? Not where most cores would have no part, nor where some weights
         were frozen, which learn_cpu.c does not know."""
         as_it_is = self.learned is not None and self.compute is self.worker and not self.worker.gradient_checkpointing
-        return as_it_is and 2 * parts >= torch.get_num_threads() and all(p.requires_grad for p in self.weights)
+        return as_it_is and enough_for_c(parts) and all(p.requires_grad for p in self.weights)
+
+    def steps_in_c(self):
+        """Are the steps computed in C that the options ask for?"""
+        o = self.options
+        windows = max(1, o.batch_size * o.gradient_accumulation_steps // self.processes.world)
+        return self.computes_in_c(math.ceil(windows / self.rows_at_once(o.block_size)))
 
     def step(self, x, y, lr_share):
         """Update the weights once from x, y (batch_size * gradient_accumulation_steps, T), or this process's share.

@@ -23,7 +23,7 @@ from distributed import ALONE
 from graphs import record
 from model import GPT, GPTConfig
 from modern import Modern, ModernConfig
-from optim import lr_share
+from optim import enough_for_c, lr_share, rows_on_cpu
 from sharding import check_shard
 from shards import holds_prepared, is_prepared
 from tokenizer import OtherTokenizer, UnknownCharacters, load_tokenizer, tokenizer_hash
@@ -489,7 +489,7 @@ def for_minutes(minutes, tokens, device, dtype, peak=None, arch="modern"):
     """
     peak = peak or matmul_peak(device, dtype)
     in_c = device.type == "cpu" and learn_cpu.usable(dtype)
-    gains = [(SMALL_IN_C if is_small(sizes) else IN_C) if in_c else 1 for _, sizes in SIZES]
+    gains = [gain_in_c(sizes) if in_c else 1 for _, sizes in SIZES]
     works = [possible_work(sizes, minutes, peak * gain, device) for gain, (_, sizes) in zip(gains, SIZES)]
     chosen = max(i for i, (least, _) in enumerate(SIZES) if works[i] >= least)
     work, sizes = works[chosen], dict(SIZES[chosen][1])
@@ -508,7 +508,7 @@ def for_minutes(minutes, tokens, device, dtype, peak=None, arch="modern"):
     if dropout >= 0.02:
         sizes["dropout"] = round(min(0.5, dropout), 2)
     sizes.update(BY_THE_CLOCK)
-    more = f" x {gains[chosen]:g} in C" if in_c else ""
+    more = f" x {gains[chosen]:g} in C" if gains[chosen] != 1 else ""
     why = f"{peak / 1e9:,.0f} GFLOP/s{more} x {minutes:g} min on {tokens:,} tokens, about {epochs:.1f} times the text"
     return sizes, why
 
@@ -517,6 +517,13 @@ def times_read(sizes, work, tokens, device):
     """How often a run reads so many tokens, with work (FLOP) for a model of such sizes."""
     share = SMALL_SHARE if device.type != "cuda" and is_small(sizes) else SHARE
     return share * work / step_work(sizes, tokens)
+
+
+def gain_in_c(sizes):
+    """How much more a run of these sizes makes with learn_cpu.c; 1 where a step has too few parts for all cores."""
+    windows, T, cores = sizes["batch_size"], sizes["block_size"], torch.get_num_threads()
+    parts = math.ceil(windows / rows_on_cpu(windows, windows, T, min(windows, cores)))
+    return 1 if not enough_for_c(parts) else SMALL_IN_C if is_small(sizes) else IN_C
 
 
 def is_small(sizes):

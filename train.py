@@ -527,7 +527,7 @@ def train_until(at_end, options, given, processes):
         f"{model.num_params() / 1e6:.2f} M parameters, {data.tokenizer.vocab_size} tokens in the vocabulary, "
         f"{len(data.train):,} to train on, {len(data.val):,} to validate; {device.type}, {dtype_name(dtype)}"
         + (f", {processes.world} processes" if processes.world > 1 else "")
-        + (", computed in C" if run.learner.learned is not None else "")
+        + (", computed in C" if run.learner.steps_in_c() else "")
     )
     evaluation = look_ahead(run, batches, given)
 

@@ -422,7 +422,14 @@ def test_a_model_with_an_idea_of_ones_own_is_computed_by_pytorch_and_a_line_says
     assert capsys.readouterr().err.startswith("learn_cpu.c is not used, and training is slower: it does not know")
 
 
-further_loss = Modern.further_loss
+further_loss, modern_forward = Modern.further_loss, Modern.forward
+
+
+def with_squared_share(self, idx, targets=None, cache=None, last=1):
+    self.ahead_share.square_()
+    found = modern_forward(self, idx, targets, cache, last)
+    self.ahead_share.sqrt_()
+    return found
 
 
 @pytest.mark.parametrize(
@@ -433,6 +440,7 @@ further_loss = Modern.further_loss
         (modern, "relu_squared", F.relu),
         (torch, "tanh", torch.atan),
         (modern.NGrams, "rows", lambda self, tokens: tokens[:, self.n - 1 :, None].expand(-1, -1, self.n - 1)),
+        (Modern, "forward", with_squared_share),
         (Modern, "further_loss", lambda self, x, targets: 0.5 * further_loss(self, x, targets)),
         (
             modern.Block,
@@ -440,7 +448,7 @@ further_loss = Modern.further_loss
             lambda self, x, cos, sin, cache=None: x + self.mlp(self.attn(x, cos, sin) + self.shift),
         ),
     ],
-    ids=["rms norm", "no rotary positions", "relu", "other cap", "other runs", "half", "block"],
+    ids=["rms norm", "no rotary positions", "relu", "other cap", "other runs", "squared", "half", "block"],
 )
 def test_so_is_a_modern_model(trained, monkeypatch, capsys, of, name, changed):
     monkeypatch.setattr(of, name, changed)
@@ -460,6 +468,17 @@ def test_a_layer_with_another_weight_is_computed_by_pytorch(trained, monkeypatch
     monkeypatch.setattr(model_module.Block, "__init__", with_gain)
     model = trained("gpt")
     assert in_c(model, torch.float32) is None
+
+
+def test_a_model_with_another_part_is_computed_by_pytorch(trained):
+    class Other(model_module.MLP):
+        def forward(self, x):
+            return self.dropout(self.c_proj(F.relu(self.c_fc(x))))
+
+    for name, other in (("mlp", Other), ("mlp", type("Adapted", (model_module.MLP,), {}))):
+        model = trained("gpt")
+        setattr(model.transformer.h[1], name, other(model.config))
+        assert in_c(model, torch.float32) is None
 
 
 def test_weights_in_another_order_are_read_by_pytorch(trained):
@@ -618,6 +637,16 @@ def test_a_step_of_bad_numbers_changes_nothing(dtype):
     learner.weights[0].data[x[0, 0]] = before[0][x[0, 0]]
     assert all(map(torch.equal, learner.weights, before))
     assert learner.step(x, y, 1.0)[0].isfinite()
+
+
+def test_gradients_added_up_before_an_error_are_kept(threads):
+    learner = make_learner("gpt")
+    x, y = windows(learner)
+    learner.add_gradients(x, y)
+    before = [p.grad.clone() for p in learner.weights]
+    with pytest.raises(IndexError):
+        learner.add_gradients(x, torch.full_like(y, 99))
+    assert all(torch.equal(p.grad, g) for p, g in zip(learner.weights, before))
 
 
 def test_gradients_added_up_before_are_kept(threads):

@@ -225,12 +225,15 @@ def test_the_reason_names_the_speed_the_time_and_the_length_of_the_text(choose):
     assert why.startswith("800 GFLOP/s x 2.5 min on 123,456 tokens") and "\n" not in why
 
 
-def test_a_cpu_for_which_there_is_c_code_counts_as_faster(choose):
+def test_a_cpu_for_which_there_is_c_code_counts_as_faster(choose, monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     for minutes, gain in ((2.5, plan.IN_C), (0.13, plan.SMALL_IN_C)):
         found, why = choose(minutes, 1_234_567, 8e11, in_c=True)
         as_fast, _ = choose(minutes, 1_234_567, gain * 8e11)
         assert found == as_fast != choose(minutes, 1_234_567, 8e11)[0]
         assert why.startswith(f"800 GFLOP/s x {gain:g} in C x {minutes:g} min on 1,234,567 tokens")
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 8)  # of which most would have no part of a step
+    assert choose(2.5, 123_456, 8e11, in_c=True) == choose(2.5, 123_456, 8e11)
     gpu = torch.device("cuda")
     assert choose(2.5, 123_456, 8e14, gpu, in_c=True) == choose(2.5, 123_456, 8e14, gpu)
 
