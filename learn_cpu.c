@@ -123,7 +123,8 @@ typedef struct {
 } Kept;
 
 static Kept keep(const Model *model, const Pass *pass, char *place) {
-    size_t R = round_up(pass->B * pass->T, STRIP), C = model->C; /* tiles read some rows too many, the last ones from the next array */
+    /* Tiles read some rows too many, the last ones from the next array. */
+    size_t R = round_up(pass->B * pass->T, STRIP), C = model->C;
     Kept k;
     k.x = take(&place, R * C * sizeof(num));
     k.qkv = take(&place, 3 * R * C * sizeof(num));
