@@ -276,12 +276,6 @@ def evaluation_bytes(config, tokens, place):
     return tokens * max(layer * C, ngrams, 2 * 4 * C + logits * config.vocab_size)
 
 
-def read_only_tables(model):
-    """The tables from which vectors of tokens, positions or n-grams are read, and with which nothing is multiplied."""
-    tables = [module for module in model.modules() if isinstance(module, torch.nn.Embedding)]
-    return [table for table in tables if table.weight is not model.lm_head.weight]
-
-
 def gathered_bytes(model, item):
     """What a sharded model has whole at one time: a layer, the next one on its way, and what belongs to no layer."""
     layers = learn_cpu.blocks(model)
@@ -340,8 +334,7 @@ def memory(model, options, place, data):
     ]
     by_c = in_c(config, place, options.gradient_checkpointing, at_once)
     if by_c:
-        multiplied = weights - 4 * sum(table.weight.numel() for table in read_only_tables(model))
-        always.append(("weights laid out", 2 * item * multiplied // 4, "for learn_cpu.c"))
+        always.append(("weights laid out", 2 * item * model.num_params(embedding=False), "for learn_cpu.c"))
         step = [("gradients", at_once * weights, f"{times}float32"), activations]
     elif place.shard:
         step.insert(1, ("gradients not yet shared", gathered * 4 // item, "float32, of as many"))

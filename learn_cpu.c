@@ -106,8 +106,8 @@ static int round_up(int n, int unit) { return (n + unit - 1) / unit * unit; }
 /* How many rows the strip has that begins at `first`, of `all` rows. */
 static int rows_of_strip(int first, int all) { return all - first < STRIP ? all - first : STRIP; }
 
-/* V, filled up to whole vectors of any kind. */
-static int wide(int V) { return round_up(V, 16); }
+/* So many logits, or weights of attention, a row has with what fills it up to whole vectors of any kind. */
+int wide(int n) { return round_up(n, 16); }
 
 /* What the backward pass needs of a layer's forward pass. */
 typedef struct {
@@ -215,19 +215,19 @@ typedef struct {
 /* ---------------------------------------------------------------------------------------------------------------------
    Products */
 
-/* ROWS x (wide * LANES) sums over K units: A's r-th row begins at A + r * row and goes on by `step`. */
+/* ROWS x (panels * LANES) sums over K units: A's r-th row begins at A + r * row and goes on by `step`. */
 static inline __attribute__((always_inline)) void tile(
     const unit *A, size_t row, const size_t step, const unit *B, size_t panel, int K, float *Y, size_t ld, int add,
-    const int wide) {
+    const int panels) {
     vec sums[ROWS][2] = {{{0}}};
     for (int k = 0; k < K; k++) {
         ints b[2];
-        for (int j = 0; j < wide; j++) memcpy(&b[j], B + j * panel + (size_t)k * LANES, sizeof b[j]);
+        for (int j = 0; j < panels; j++) memcpy(&b[j], B + j * panel + (size_t)k * LANES, sizeof b[j]);
         for (int r = 0; r < ROWS; r++)
-            for (int j = 0; j < wide; j++) sums[r][j] = multiplied(sums[r][j], A[r * row + k * step], b[j]);
+            for (int j = 0; j < panels; j++) sums[r][j] = multiplied(sums[r][j], A[r * row + k * step], b[j]);
     }
     for (int r = 0; r < ROWS; r++)
-        for (int j = 0; j < wide; j++) {
+        for (int j = 0; j < panels; j++) {
             float *y = Y + r * ld + j * LANES;
             store(y, add ? load(y) + sums[r][j] : sums[r][j]);
         }
@@ -382,9 +382,6 @@ void masks(const Pass *pass, int n, int64_t count, float *out) {
     for (int64_t i = 0; i < count; i += LANES) store(out + i, survivors(&d, i));
 }
 
-/* In attention numbers are counted in rows of so many. */
-int mask_width(int T) { return round_up(T, 16); }
-
 static inline vec mean_of(const float *x, int n) {
     vec total = {0};
     for (int i = 0; i < n; i += LANES) total += load(x + i);
@@ -488,7 +485,7 @@ static void attend(const Now *l, int b, int h) {
     int T = l->T, C = l->C, D = C / l->H, W = round_up(T, STRIP);
     const num *q = kept->qkv + (size_t)b * T * 3 * C + h * D, *k = q + C, *v = k + C;
     size_t by_position = (size_t)D / PAIR * LANES, by_channel = (size_t)W / PAIR * LANES;
-    uint64_t counted = mask_width(T);
+    uint64_t counted = wide(T);
     float scale = 1 / sqrtf(D);
     Dropout weights = l->dropout[WEIGHTS];
     lanes_are_rows(k, 3 * C, T, W, D, room->rows_k, by_position);
@@ -515,8 +512,7 @@ static void attend(const Now *l, int b, int h) {
             float all_of_it = sum(total);
             kept->total[row] = top + logf(all_of_it);
             for (int j = 0; j < seen; j += LANES)
-                to(room->w + (size_t)i * W + j,
-                   dropped(&weights, row * counted + j, load(s + j) / all_of_it));
+                to(room->w + (size_t)i * W + j, dropped(&weights, row * counted + j, load(s + j) / all_of_it));
         }
         rows_times(room->w, W, m, room->columns_v, by_channel, D, seen, room->out, D);
         for (int i = 0; i < m; i++)
@@ -551,7 +547,7 @@ static void attend_backward(const Now *l, int b, int h) {
     const num *q = kept->qkv + (size_t)b * T * 3 * C + h * D, *k = q + C, *v = k + C;
     const num *d = l->scratch.d_y + (size_t)b * T * C + h * D, *y = kept->y + (size_t)b * T * C + h * D;
     size_t by_position = (size_t)D / PAIR * LANES, by_channel = (size_t)W / PAIR * LANES;
-    uint64_t counted = mask_width(T);
+    uint64_t counted = wide(T);
     float scale = 1 / sqrtf(D);
     Dropout weights = l->dropout[WEIGHTS];
     lanes_are_rows(k, 3 * C, T, W, D, room->rows_k, by_position);
@@ -740,6 +736,8 @@ static void layer_backward(const Now *l, num *d_x) {
     for (int b = 0; b < R / l->T; b++)
         for (int h = 0; h < l->H; h++) attend_backward(l, b, h);
 
+    const float *shift = l->weights->shift;
+    float *d_shift = l->weights->d_shift;
     for (int first = (R - 1) / STRIP * STRIP; first >= 0; first -= STRIP) { /* backwards: see `after` */
         int m = rows_of_strip(first, R);
         size_t at = (size_t)first / PAIR * LANES;
@@ -755,10 +753,10 @@ static void layer_backward(const Now *l, num *d_x) {
         for (int i = 0; i < m; i++) {
             size_t row = first + i;
             float *d = s.product + i * C, *next = i + 1 < m ? d + C : after, scale = first_norm(l, row, s.row, s.h);
-            if (l->weights->shift)
+            if (shift)
                 for (int c = 0; c < C; c += LANES) {
-                    if (row % l->T) store(l->weights->d_shift + c, load(l->weights->d_shift + c) + load(d + c) * load(s.row + C + c));
-                    if ((row + 1) % l->T) store(d + c, load(d + c) + load(next + c) * load(l->weights->shift + c));
+                    if (row % l->T) store(d_shift + c, load(d_shift + c) + load(d + c) * load(s.row + C + c));
+                    if ((row + 1) % l->T) store(d + c, load(d + c) + load(next + c) * load(shift + c));
                 }
             norm_row_backward(&l->weights->norm_1, s.row, d, scale, C);
             for (int c = 0; c < C; c += LANES) to(d_x + row * C + c, load(d + c) + from(s.d_middle + row * C + c));
@@ -782,9 +780,10 @@ static void find_runs(const Model *model, const int64_t *idx, int t, size_t *row
     }
 }
 
-/* What the first layer reads of a row, before dropout -> x. Returns by how much a modern model's norm multiplied it. */
-static float embed(const Model *model, const Pass *pass, size_t row, float *x) {
-    size_t C = model->C, t = row % pass->T, runs[LONGEST];
+/* What the first layer reads of a row, before dropout -> x; which runs there are -> runs. Returns by how much a modern
+   model's norm multiplied it. */
+static float embed(const Model *model, const Pass *pass, size_t row, float *x, size_t *runs) {
+    size_t C = model->C, t = row % pass->T;
     memcpy(x, model->wte + pass->idx[row] * C, C * sizeof *x);
     if (model->wpe) add_to(x, model->wpe + t * C, C);
     if (model->ngrams) find_runs(model, pass->idx + row - t, t, runs);
@@ -797,16 +796,14 @@ static void embed_backward(const Model *model, const Pass *pass, const num *d_x,
     float *d = s.h;
     Dropout first = dropout(pass, 0);
     for (size_t row = 0; row < (size_t)pass->B * pass->T; row++) {
-        size_t t = row % pass->T;
         for (size_t c = 0; c < C; c += LANES)
             store(d + c, dropped(&first, row * C + c, from(d_x + row * C + c)));
         if (model->modern) {
-            float scale = embed(model, pass, row, s.row);
+            float scale = embed(model, pass, row, s.row, runs);
             normed_backward(s.row, d, C, scale);
         }
         add_to(model->d_wte + pass->idx[row] * C, d, C);
-        if (model->wpe) add_to(model->d_wpe + t * C, d, C);
-        if (model->ngrams) find_runs(model, pass->idx + row - t, t, runs);
+        if (model->wpe) add_to(model->d_wpe + row % pass->T * C, d, C);
         for (int n = 0; n < model->ngram - 1; n++) add_to(model->d_ngrams + runs[n] * C, d, C);
     }
 }
@@ -909,7 +906,8 @@ int learn(const Model *model, const Pass *pass, float *loss) {
     }
     Dropout first = dropout(pass, 0);
     for (int row = 0; row < R; row++) {
-        embed(model, pass, row, s.h);
+        size_t runs[LONGEST];
+        embed(model, pass, row, s.h, runs);
         for (int c = 0; c < model->C; c += LANES) {
             size_t at = (size_t)row * model->C + c;
             to(layers[0].kept.x + at, dropped(&first, at, load(s.h + c)));

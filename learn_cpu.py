@@ -61,12 +61,7 @@ class Model(ctypes.Structure):
 
 
 class Pass(ctypes.Structure):
-    _fields_ = [
-        *fields(int="B T threshold add", long="seed"),
-        ("share", ctypes.c_float),
-        ("ahead_share", ctypes.c_float),
-        *fields(place="idx targets kept scratch"),
-    ]
+    _fields_ = fields(int="B T threshold add", long="seed", float="share ahead_share", place="idx targets kept scratch")
 
 
 @functools.lru_cache(maxsize=None)
@@ -84,10 +79,10 @@ def functions_for(dtype):
 
 def sizes_of(config):
     """The fields of a Model that say how large it is."""
-    modern_one = isinstance(config, ModernConfig)
-    sizes = dict(modern=modern_one, C=config.n_embd, H=config.n_head, V=config.vocab_size, layers=config.n_layer)
-    more = dict(foretold=config.ahead, ngram=config.ngram, ngram_rows=config.ngram_rows) if modern_one else {}
-    return {**sizes, **(more or dict(foretold=1, ngram=1))}
+    sizes = dict(C=config.n_embd, H=config.n_head, V=config.vocab_size, layers=config.n_layer)
+    if isinstance(config, ModernConfig):
+        return dict(sizes, modern=1, foretold=config.ahead, ngram=config.ngram, ngram_rows=config.ngram_rows)
+    return dict(sizes, foretold=1, ngram=1)
 
 
 def needed_bytes(config, dtype, B, T):
@@ -203,7 +198,7 @@ class Learned:
         ahead = [] if isinstance(model, GPT) or model.ahead is None else [model.ahead.weight]
         for weight in ahead:
             heads += of_shape(weight, (c.ahead - 1) * V, C).split(V)
-        self.head = Matrix(dtype, heads, V, C, filled=(V + 15) // 16 * 16)
+        self.head = Matrix(dtype, heads, V, C, filled=self.functions.wide(V))
         [self.rate] = {own.drop.p}.union(*(block.rates for block in self.blocks))
 
         matrices = [m for block in self.blocks for m in block.matrices.values()]
@@ -345,7 +340,7 @@ def known_dropout(functions, rate, seed):
         if p != rate:
             return x
         width = x.shape[-1]
-        counted = functions.mask_width(width) if call % 3 == 1 else width
+        counted = functions.wide(width) if call % 3 == 1 else width
         mask = torch.empty(x.numel() // width * counted)
         functions.masks(ctypes.byref(now), call, mask.numel(), place(mask))
         return x * mask.view(*x.shape[:-1], counted)[..., :width].to(x.dtype)

@@ -29,8 +29,8 @@ class CannotCompile(Exception):
 
 
 def fields(**names):
-    """The fields of a ctypes.Structure. int, long, place: names of those of that type, in one string."""
-    types = dict(int=ctypes.c_int32, long=ctypes.c_int64, place=ctypes.c_void_p)
+    """The fields of a ctypes.Structure. int, long, float, place: names of those of that type, in one string."""
+    types = dict(int=ctypes.c_int32, long=ctypes.c_int64, float=ctypes.c_float, place=ctypes.c_void_p)
     return [(name, types[kind]) for kind, several in names.items() for name in several.split()]
 
 

@@ -259,8 +259,12 @@ class Learner:
         rows = self.options.batch_size
         if self.device.type != "cpu":
             return rows
-        windows = max(1, rows * self.options.gradient_accumulation_steps // self.processes.world)
-        return rows_on_cpu(windows, rows, T, self.side_by_side(windows))
+        return rows_on_cpu(self.windows, rows, T, self.side_by_side(self.windows))
+
+    @property
+    def windows(self):
+        """How many windows a step has in this process."""
+        return max(1, self.options.batch_size * self.options.gradient_accumulation_steps // self.processes.world)
 
     def side_by_side(self, parts):
         """How many of a step's parts are computed at the same time, each by its share of the CPU's cores.
@@ -361,9 +365,7 @@ class Learner:
 
     def steps_in_c(self):
         """Are the steps computed in C that the options ask for?"""
-        o = self.options
-        windows = max(1, o.batch_size * o.gradient_accumulation_steps // self.processes.world)
-        return self.computes_in_c(math.ceil(windows / self.rows_at_once(o.block_size)))
+        return self.computes_in_c(math.ceil(self.windows / self.rows_at_once(self.options.block_size)))
 
     def step(self, x, y, lr_share):
         """Update the weights once from x, y (batch_size * gradient_accumulation_steps, T), or this process's share.
